@@ -1,0 +1,8 @@
+"""Token-compressing attention and static token mixes for Vision Transformers: tensors in, tensors out."""
+
+from . import reference
+from .attention import fused_merge_attention
+from .backend import backend
+from .token_mix import token_mix, token_mix_layer_norm
+
+__all__ = ["backend", "fused_merge_attention", "reference", "token_mix", "token_mix_layer_norm"]

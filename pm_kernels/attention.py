@@ -1,0 +1,53 @@
+"""Attention over merged tokens, with a gate and a bias per key: contract, checks and dispatch."""
+
+from torch import Tensor
+
+from . import reference
+from .autocast import autocast_inputs
+from .backend import require_reference
+from .checks import check_attention
+
+
+def fused_merge_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    merge: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    merge_queries: bool = True,
+) -> Tensor:
+    """Merge tokens, attend and gate: ``softmax(q k^T * scale + key_bias) * gate @ v`` over merged q, k, v.
+
+    Every tensor argument is differentiable. The gradient of a gate of ones is the gradient-weighted attention
+    score of Prune and Merge (arXiv 2503.23455), ``sum_i A[i, j] * dLoss/dA[i, j]`` for key ``j``, since
+    ``dLoss/dgate_j = <v_j, sum_i A[i, j] * dout_i>``: scoring needs no attention matrix.
+
+    Args:
+        q, k, v: (B, H, N, d), one floating dtype, any strides with a contiguous last dimension (views of a packed
+            qkv projection are not copied).
+        merge: (C, N), the merge matrix: the op attends over ``merge @ q``, ``merge @ k``, ``merge @ v``.
+            ``None`` merges nothing.
+        gate: broadcastable to (B, H, keys), multiplies the columns of the attention matrix after the softmax.
+            ``keys`` is C with ``merge`` and N without.
+        key_bias: broadcastable to (B, H, keys), added to the logits before the softmax; the logarithm of the
+            number of tokens that each key stands for gives proportional attention.
+        scale: factor on ``q k^T``; ``None`` is ``d ** -0.5``.
+        merge_queries: ``False`` leaves the queries unmerged: N queries attend over C keys.
+
+    Returns:
+        (B, H, C, d), or (B, H, N, d) where the queries are not merged.
+
+    Raises:
+        ValueError: a shape or a device does not fit; the message names the argument.
+        TypeError: an argument is no floating-point tensor, or the dtypes differ outside autocast.
+        RuntimeError: the backend is ``"triton"``, which has no kernel for it yet.
+    """
+    check_attention(q, k, v, merge, gate, key_bias)
+    require_reference("fused_merge_attention", q)
+    q, k, v, merge = autocast_inputs(q, k, v, merge)
+    return reference.fused_merge_attention(
+        q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
+    )

@@ -1,0 +1,299 @@
+"""Models on disk: folders of safetensors and JSON, and the checkpoints that the paper's authors published."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .plan import CompressionPlan, StagePlan
+from .vision_transformer import PMVisionTransformer, compress
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+# Attributes that say how a model is being used, not what it is.
+_TRANSIENT = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "distilled_training"}
+
+
+def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, model_args: dict | None = None) -> None:
+    """Save a timm VisionTransformer, compressed or not, as safetensors and JSON.
+
+    The folder has the layout of timm's hub folders; a compressed model's plan and options stand in its
+    ``config.json`` under ``compression``. What is written is known to load: the model is rebuilt from the
+    configuration (without weights) and compared before anything appears in ``folder``.
+
+    Args:
+        model: made by ``timm.create_model``, so that its architecture has a name.
+        folder: created if need be; a model saved there before is replaced.
+        model_args: arguments of ``timm.create_model`` that the model was made with, where timm did not record them.
+
+    Raises:
+        ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
+    """
+    if not getattr(model, "pretrained_cfg", None) or not model.pretrained_cfg.get("architecture"):
+        raise ValueError(
+            "model has no architecture name to rebuild it from; create it with timm.create_model(name, ...), which "
+            "takes every argument of VisionTransformer"
+        )
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        extra = {}
+        if isinstance(model, PMVisionTransformer):
+            extra["compression"] = {
+                "plan": model.plan.to_dict(),
+                "train_matrices": model.train_matrices,
+                "size_bias": model.size_bias,
+            }
+        save_for_hf(model, staging, model_config=extra, model_args=model_args, safe_serialization=True)
+        with torch.device("meta"):
+            rebuilt = _build(staging)
+        _check_same_model(model, rebuilt)
+        staging.chmod(0o755)
+        folder.mkdir(exist_ok=True)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_pretrained(folder: str | os.PathLike) -> VisionTransformer:
+    """Load a model that :func:`save_pretrained` wrote, on the CPU, in evaluation mode, in the dtype it was saved in.
+
+    Returns:
+        A :class:`PMVisionTransformer`, or the plain timm model where that was saved.
+
+    Raises:
+        FileNotFoundError: the folder lacks ``config.json`` or ``model.safetensors``.
+        ValueError: a file is truncated, foreign, or does not fit the other.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no saved model: expected {CONFIG_NAME} and {WEIGHTS_NAME} in it")
+    model = _build(folder)
+    path = folder / WEIGHTS_NAME
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    _load_weights(model, weights, path)
+    return model.to(weights["patch_embed.proj.weight"].dtype).eval()
+
+
+def load_authors_checkpoint(
+    path: str | os.PathLike, *, num_heads: int | None = None, img_size: tuple[int, int] | None = None
+) -> PMVisionTransformer:
+    """Load a checkpoint of the published Prune and Merge code, ``{"model": state_dict, "channels": [...]}``.
+
+    The file is read without running code from it (``weights_only``). Its matrices are dense; which patches a merged
+    token stands for in ``model.plan`` is read off them: a patch belongs to the token whose row weighs it most.
+
+    Args:
+        path: the ``.pth`` file.
+        num_heads: attention heads, which the file does not tell; ``None``: heads of width 64.
+        img_size: (height, width) in pixels; ``None``: square.
+
+    Returns:
+        The model on the CPU, in evaluation mode, with ``train_matrices="dense"``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, or is no such checkpoint; the message says what was expected.
+    """
+    state, channels = _read_authors_file(path)
+    matrices: dict[int, dict[str, Tensor]] = {}
+    weights = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        matrix = parts[-1] if parts[0] == "blocks" and parts[2:3] == ["attn"] else None
+        if matrix in ("merge_matrix", "recover_matrix", "token_mask"):
+            matrices.setdefault(int(parts[1]), {})[matrix] = value.float()
+        elif matrix != "bias" or len(parts) != 4:  # blocks.l.attn.bias is stored there, but never used
+            weights[name] = value.float()
+    try:
+        dense = _build_dense(weights, num_heads, img_size)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{os.fspath(path)} lacks the weight {error} of a Vision Transformer") from error
+    _load_weights(dense, weights, path)
+    grid, prefix = tuple(dense.patch_embed.grid_size), dense.num_prefix_tokens
+    for block, found in matrices.items():
+        _check_authors_matrices(path, block, found, grid[0] * grid[1] + prefix, channels)
+    plan = CompressionPlan(
+        grid=grid,
+        depth=len(dense.blocks),
+        num_prefix_tokens=prefix,
+        stages=tuple(_read_stage(block, matrices[block], prefix) for block in sorted(matrices)),
+    )
+    model = compress(dense, plan, train_matrices="dense")
+    with torch.no_grad():
+        for block, merge, reconstruct in zip(
+            sorted(matrices), model.merge_matrices(), model.reconstruct_matrices(), strict=True
+        ):
+            merge.copy_(matrices[block]["merge_matrix"])
+            reconstruct.copy_(matrices[block]["recover_matrix"])
+    return model.eval()
+
+
+def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The weights in a ``.safetensors`` file, or in a ``.pth`` file as timm, DeiT and others write it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or holds no weights. Pickled code is never run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise a dozen kinds for a broken file
+        raise ValueError(f"{path} is truncated or no checkpoint that loads without running code: {error}") from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    weights = content if isinstance(content, dict) else {}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no weights: expected tensors by name, or such a dict under 'model'")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def _build(folder: Path) -> VisionTransformer:
+    """The model that the folder's configuration describes, with random weights."""
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        compression = config.get("compression")
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        if compression is None:
+            return model
+        plan = CompressionPlan.from_dict(compression["plan"])
+        options = {name: compression[name] for name in ("train_matrices", "size_bias")}
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
+    # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
+    with torch.device("cpu"):
+        return compress(model, plan, **options)
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {os.fspath(path)} are of another model: {error}") from error
+
+
+def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
+    wanted, found = _description(model), _description(rebuilt)
+    different = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    if different:
+        shown = ", ".join(
+            f"{name}: {wanted.get(name, 'absent')} became {found.get(name, 'absent')}" for name in different[:4]
+        )
+        raise ValueError(
+            f"the model is not {model.pretrained_cfg['architecture']} with the arguments that timm recorded ({shown}); "
+            "pass the arguments it was created with as model_args"
+        )
+
+
+def _description(model: nn.Module) -> dict[str, object]:
+    """What a model is but for its weights: every module's class and plain attributes, every weight's shape."""
+    described: dict[str, object] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, module in model.named_modules():
+        described[name or "model"] = type(module).__name__
+        for attribute, value in vars(module).items():
+            if not attribute.startswith("_") and attribute not in _TRANSIENT and _is_plain(value):
+                described[f"{name}.{attribute}".lstrip(".")] = value
+    return described
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+def _read_authors_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], list[int]]:
+    expected = "a Prune and Merge checkpoint is {'model': weights, 'channels': tokens per block}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint file at {os.fspath(path)}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise a dozen kinds for a broken file
+        raise ValueError(f"{os.fspath(path)} is truncated or foreign; {expected}: {error}") from error
+    if not isinstance(content, dict) or not {"model", "channels"} <= content.keys():
+        raise ValueError(f"{os.fspath(path)} is foreign; {expected}")
+    state, channels = content["model"], content["channels"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{os.fspath(path)}: 'model' must hold tensors by name")
+    if not any(name.endswith(".attn.merge_matrix") for name in state):
+        raise ValueError(f"{os.fspath(path)} has no merge matrices (blocks.0.attn.merge_matrix and so on); {expected}")
+    return state, [int(tokens) for tokens in channels]
+
+
+def _build_dense(
+    weights: dict[str, Tensor], num_heads: int | None, img_size: tuple[int, int] | None
+) -> VisionTransformer:
+    """The uncompressed model that weights of timm's names belong to, with random weights."""
+    width, in_chans, *patch = weights["patch_embed.proj.weight"].shape
+    prefix = 1 + ("dist_token" in weights)
+    if img_size is None:
+        side = math.isqrt(weights["pos_embed"].shape[1] - prefix)
+        img_size = (side * patch[0], side * patch[1])
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    return timm.create_model(
+        "deit_small_distilled_patch16_224" if "dist_token" in weights else "deit_small_patch16_224",
+        img_size=tuple(img_size),
+        patch_size=tuple(patch),
+        in_chans=in_chans,
+        num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
+        embed_dim=width,
+        depth=depth,
+        num_heads=num_heads or max(width // 64, 1),
+        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in weights,
+        init_values=1e-5 if "blocks.0.ls1.gamma" in weights else None,
+        global_pool="avg" if "fc_norm.weight" in weights else "token",
+    )
+
+
+def _check_authors_matrices(
+    path: str | os.PathLike, block: int, found: dict[str, Tensor], tokens: int, channels: list[int]
+) -> None:
+    where = f"{os.fspath(path)}, block {block}"
+    if found.keys() != {"merge_matrix", "recover_matrix", "token_mask"}:
+        raise ValueError(f"{where}: expected merge_matrix, recover_matrix and token_mask, got {sorted(found)}")
+    if block >= len(channels):
+        raise ValueError(f"{where}: 'channels' has {len(channels)} entries, expected one for every block")
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    merged = channels[block]
+    expected = {"merge_matrix": (merged, tokens), "recover_matrix": (tokens, merged), "token_mask": (tokens,)}
+    if shapes != expected:
+        raise ValueError(f"{where}: expected the shapes {expected}, got {shapes}")
+
+
+def _read_stage(block: int, found: dict[str, Tensor], prefix: int) -> StagePlan:
+    """The stage of a block as far as its matrices tell."""
+    merge = found["merge_matrix"][prefix:, prefix:]
+    kept_or_merged = found["token_mask"][prefix:] != 0
+    weighed = merge.abs() * kept_or_merged
+    segments = weighed.argmax(dim=0)
+    # Each row has the patch that it weighs most, even one that another row weighs more.
+    segments[weighed.argmax(dim=1)] = torch.arange(len(merge))
+    segments[~kept_or_merged] = -1
+    weights = torch.where(kept_or_merged, merge.gather(0, segments.clamp_min(0)[None])[0], 0)
+    return StagePlan(block, block, tuple(segments.tolist()), tuple(weights.tolist()))

@@ -1,0 +1,53 @@
+"""Speed and cost of models: throughput side by side, and multiply-accumulates."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchronize: bool) -> dict[str, list[float]]:
+    """Seconds of ``rounds`` calls of each function, taken in turn so that a drift of the machine meets all alike.
+
+    Each is called twice before, unmeasured. ``synchronize`` waits for the CUDA device around every call.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(-2, rounds):
+        for name, function in functions.items():
+            if synchronize:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if synchronize:
+                torch.cuda.synchronize()
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 10) -> dict[str, float]:
+    """Images per second of each model in inference on ``images`` (B, 3, H, W): the median of alternated rounds."""
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        return lambda: model(images)
+
+    with torch.inference_mode():
+        seconds = alternate({name: call(model) for name, model in models.items()}, rounds, images.is_cuda)
+    return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
+def count_gmacs(model: nn.Module, image_size: tuple[int, int, int]) -> float:
+    """Billions of multiply-accumulates of one image (channels, height, width), as torch counts its matrix products."""
+    like = next(model.parameters())
+    image = torch.zeros(1, *image_size, dtype=like.dtype, device=like.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(image)
+    finally:
+        model.train(training)
+    return counter.get_total_flops() / 2e9

@@ -1,0 +1,396 @@
+"""From token scores to a plan: which patches every stage keeps, merges and prunes."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .files import write_atomically
+
+_FORMAT = "pm-vit compression plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Blocks ``first`` to ``last`` (inclusive), which run on merged tokens.
+
+    ``segments[j]`` is the merged patch token that patch ``j`` goes into, counted from 0 without prefix tokens, or -1
+    where the patch is pruned; ``weights[j]`` is the patch's weight in that token, 0 where it is pruned.
+    """
+
+    first: int
+    last: int
+    segments: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.first}..{self.last}"
+        if not 0 <= self.first <= self.last:
+            raise ValueError(f"{where}: first must be at least 0 and at most last")
+        if len(self.segments) != len(self.weights):
+            raise ValueError(f"{where}: {len(self.segments)} segments but {len(self.weights)} weights")
+        merged = set(self.segments) - {-1}
+        if not merged or merged != set(range(len(merged))):
+            raise ValueError(f"{where}: segments must use every index from 0 to their largest at least once, or -1")
+        for patch, (segment, weight) in enumerate(zip(self.segments, self.weights, strict=True)):
+            if not math.isfinite(weight):
+                raise ValueError(f"{where}: the weight of patch {patch} must be finite, got {weight}")
+            if segment == -1 and weight != 0:
+                raise ValueError(f"{where}: patch {patch} is pruned, its weight must be 0, got {weight}")
+        energy = [0.0] * len(merged)
+        for segment, weight in zip(self.segments, self.weights, strict=True):
+            if segment >= 0:
+                energy[segment] += weight * weight
+        if 0.0 in energy:
+            raise ValueError(f"{where}: merged token {energy.index(0.0)} has only zero weights")
+
+    @property
+    def merged_patches(self) -> int:
+        """How many patch tokens the stage's blocks run on."""
+        return max(self.segments) + 1
+
+    @property
+    def pruned_patches(self) -> int:
+        return self.segments.count(-1)
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Which patches each stage of a Vision Transformer keeps, merges and prunes: a value, saved as JSON.
+
+    Blocks outside of every stage run on all tokens.
+
+    Args:
+        grid: patches as (rows, columns).
+        depth: blocks of the model.
+        num_prefix_tokens: tokens before the patches (class, distillation, registers); never merged or pruned.
+        stages: in order, not overlapping.
+
+    Raises:
+        ValueError: a field is out of range, or the stages do not fit the grid, the depth or each other.
+    """
+
+    grid: tuple[int, int]
+    depth: int
+    num_prefix_tokens: int
+    stages: tuple[StagePlan, ...]
+
+    def __post_init__(self) -> None:
+        _check_grid(self.grid)
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
+        if self.num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens must be at least 0, got {self.num_prefix_tokens}")
+        _check_stage_bounds([(stage.first, stage.last) for stage in self.stages], self.depth)
+        for stage in self.stages:
+            if len(stage.segments) != self.num_patches:
+                raise ValueError(
+                    f"stage {stage.first}..{stage.last} has {len(stage.segments)} segments, expected one for each of "
+                    f"the {self.num_patches} patches of the {self.grid[0]} x {self.grid[1]} grid"
+                )
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Tensor,
+        grid: tuple[int, int],
+        keep_rate: float,
+        prune_rate: float,
+        layer_decay: float = 0.025,
+        num_prefix_tokens: int = 1,
+        *,
+        allocation: str = "global",
+        row_weights: str = "sum",
+        stages: Sequence[tuple[int, int]] | None = None,
+    ) -> "CompressionPlan":
+        """Threshold scores into a plan (arXiv 2503.23455, section 3; segments as in the authors' code).
+
+        Args:
+            scores: (L, h*w), nonnegative, one row per block, as :func:`pm_models.score_tokens` returns them.
+            grid: (h, w) patches.
+            keep_rate: fraction of all patches whose scores make them tokens of their own.
+            prune_rate: fraction of all patches, from the lowest score up, that skip the block.
+                What is neither kept nor pruned is merged into a kept neighbour in raster order.
+            layer_decay: block ``l``'s normalised scores are multiplied by ``1 - layer_decay * l``.
+            num_prefix_tokens: tokens before the patches.
+            allocation: ``"global"``: one pair of thresholds for all stages, so that each finds its own number of
+                tokens; ``"layer"``: the rates hold in every stage.
+            row_weights: ``"sum"``: a merged token is the sum of its patches, each weighted by its score over the
+                kept patch's (the authors' choice); ``"average"``: the same weights scaled to sum 1.
+            stages: (first, last) blocks of each stage, inclusive, scored by its first block;
+                ``None`` makes every block a stage of its own.
+
+        Raises:
+            ValueError: an argument is out of range, or scores are not (L, h*w), finite and nonnegative.
+        """
+        grid = tuple(grid) if isinstance(grid, Sequence) else grid
+        _check_grid(grid)
+        patches = grid[0] * grid[1]
+        scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
+        if scores.dim() != 2 or scores.shape[0] == 0 or scores.shape[1] != patches:
+            raise ValueError(
+                f"scores must have shape (L, h*w) with h*w = {patches} for grid {grid}, got {tuple(scores.shape)}"
+            )
+        if not torch.isfinite(scores).all() or (scores < 0).any():
+            layer = int((~(scores >= 0) | scores.isinf()).any(dim=1).nonzero()[0])
+            raise ValueError(f"scores must be finite and nonnegative, got NaN, infinite or negative in layer {layer}")
+        _check_choice("allocation", allocation, ("global", "layer"))
+        _check_choice("row_weights", row_weights, ("sum", "average"))
+        if not 0 < keep_rate <= 1:
+            raise ValueError(f"keep_rate must be above 0 and at most 1, got {keep_rate}")
+        if not 0 <= prune_rate < 1:
+            raise ValueError(f"prune_rate must be at least 0 and below 1, got {prune_rate}")
+        if keep_rate + prune_rate > 1 + 1e-9:
+            raise ValueError(
+                f"keep_rate + prune_rate must be at most 1, got {keep_rate} + {prune_rate} = {keep_rate + prune_rate:g}"
+            )
+        depth = scores.shape[0]
+        if not 0 <= layer_decay * (depth - 1) < 1:
+            raise ValueError(
+                f"layer_decay must be at least 0 and below 1 / (L - 1) = {1 / max(depth - 1, 1):g} for {depth} layers, "
+                f"got {layer_decay}"
+            )
+        bounds = [(block, block) for block in range(depth)] if stages is None else [tuple(stage) for stage in stages]
+        _check_stage_bounds(bounds, depth)
+
+        first_blocks = torch.tensor([first for first, _ in bounds], dtype=torch.long)
+        scores = scores[first_blocks]
+        scores = scores / scores.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        scores = scores * (1 - layer_decay * first_blocks[:, None])
+        groups = [scores] if allocation == "global" else scores.split(1)
+        labelled = [
+            _label(layer, keep, prune)
+            for group in groups
+            for keep, prune in [_thresholds(group, keep_rate, prune_rate)]
+            for layer in group
+        ]
+        return cls(
+            grid=grid,
+            depth=depth,
+            num_prefix_tokens=num_prefix_tokens,
+            stages=tuple(
+                _stage_plan(first, last, layer, kept, pruned, grid[1], row_weights)
+                for (first, last), layer, (kept, pruned) in zip(bounds, scores, labelled, strict=True)
+            ),
+        )
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """N: prefix tokens and patches."""
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that each block runs on, prefix tokens included."""
+        tokens = [self.num_tokens] * self.depth
+        for stage in self.stages:
+            for block in range(stage.first, stage.last + 1):
+                tokens[block] = self.num_prefix_tokens + stage.merged_patches
+        return tuple(tokens)
+
+    def stage_of(self, block: int) -> StagePlan | None:
+        """The stage that ``block`` belongs to, or ``None`` where it runs on all tokens.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        if not 0 <= block < self.depth:
+            raise IndexError(f"block must be between 0 and {self.depth - 1}, got {block}")
+        return next((stage for stage in self.stages if stage.first <= block <= stage.last), None)
+
+    def merge_matrix(self, block: int) -> Tensor:
+        """(C, N) float32: the block's tokens from all tokens; the identity for a block outside of every stage."""
+        stage = self.stage_of(block)
+        if stage is None:
+            return torch.eye(self.num_tokens)
+        rows, columns, weights = self.support(stage)
+        return torch.zeros(self.tokens[block], self.num_tokens).index_put((rows, columns), weights)
+
+    def reconstruct_matrix(self, block: int) -> Tensor:
+        """(N, C) float32: the Moore-Penrose pseudoinverse of the block's merge matrix."""
+        merge = self.merge_matrix(block)
+        # The rows have disjoint supports, so M M^T is diagonal and no SVD is needed.
+        return (merge / merge.square().sum(dim=1, keepdim=True)).T.contiguous()
+
+    def token_mask(self, block: int) -> Tensor:
+        """(N,) float32: 1 for tokens that are kept or merged, 0 for pruned ones."""
+        mask = torch.ones(self.num_tokens)
+        stage = self.stage_of(block)
+        if stage is not None:
+            mask[self.num_prefix_tokens :] = (torch.tensor(stage.segments) >= 0).float()
+        return mask
+
+    def token_sizes(self, block: int) -> Tensor:
+        """(C,) float32: how many of the N tokens each of the block's tokens stands for."""
+        return (self.merge_matrix(block) != 0).sum(dim=1).float()
+
+    def support(self, stage: StagePlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and values (each (N - pruned,)) of the nonzeros of the stage's merge matrix, by column."""
+        prefix = self.num_prefix_tokens
+        segments = torch.tensor(stage.segments)
+        patches = (segments >= 0).nonzero().squeeze(1)
+        rows = torch.cat([torch.arange(prefix), segments[patches] + prefix])
+        columns = torch.cat([torch.arange(prefix), patches + prefix])
+        values = torch.cat([torch.ones(prefix), torch.tensor(stage.weights, dtype=torch.float32)[patches]])
+        return rows, columns, values
+
+    def to_dict(self) -> dict:
+        """The plan as plain JSON values, for :meth:`from_dict`."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "grid": list(self.grid),
+            "depth": self.depth,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "stages": [
+                {
+                    "first": stage.first,
+                    "last": stage.last,
+                    "segments": list(stage.segments),
+                    "weights": list(stage.weights),
+                }
+                for stage in self.stages
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "CompressionPlan":
+        """A plan from :meth:`to_dict`'s values.
+
+        Raises:
+            ValueError: the values are no plan of this version; the message names the field.
+        """
+        if not isinstance(values, dict) or values.get("format") != _FORMAT:
+            raise ValueError(f"not a compression plan: 'format' must be {_FORMAT!r}")
+        if values.get("version") != _VERSION:
+            raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
+        try:
+            return cls(
+                grid=tuple(_integer(size) for size in values["grid"]),
+                depth=_integer(values["depth"]),
+                num_prefix_tokens=_integer(values["num_prefix_tokens"]),
+                stages=tuple(
+                    StagePlan(
+                        first=_integer(stage["first"]),
+                        last=_integer(stage["last"]),
+                        segments=tuple(_integer(segment) for segment in stage["segments"]),
+                        weights=tuple(float(weight) for weight in stage["weights"]),
+                    )
+                    for stage in values["stages"]
+                ),
+            )
+        except KeyError as error:
+            raise ValueError(f"a plan needs the field {error}") from error
+        except TypeError as error:
+            raise ValueError(f"a field of the plan has the wrong type: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_atomically(path, json.dumps(self.to_dict()).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "CompressionPlan":
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no plan of this version; the message names the file and the field.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        lines = [
+            f"CompressionPlan: {rows} x {columns} patches, {self.num_prefix_tokens} prefix tokens, "
+            f"{self.depth} blocks; {sum(self.tokens)} of {self.depth * self.num_tokens} tokens",
+            "  blocks   tokens    kept  merged  pruned",
+        ]
+        block = 0
+        while block < self.depth:
+            stage = self.stage_of(block)
+            last = block if stage is None else stage.last
+            kept = self.num_patches if stage is None else stage.merged_patches
+            pruned = 0 if stage is None else stage.pruned_patches
+            name = str(block) if last == block else f"{block}..{last}"
+            merged = self.num_patches - kept - pruned
+            lines.append(f"  {name:<6} {self.tokens[block]:>8} {kept:>7} {merged:>7} {pruned:>7}")
+            block = last + 1
+        return "\n".join(lines)
+
+
+def _thresholds(scores: Tensor, keep_rate: float, prune_rate: float) -> tuple[float, float]:
+    """Keep and prune thresholds of ``scores`` (layers, n) taken together."""
+    layers, patches = scores.shape
+    ascending = scores.flatten().sort().values
+    kept = int(patches * keep_rate) * layers
+    keep = float(ascending[-kept]) if kept else math.inf
+    return keep, float(ascending[int(patches * prune_rate) * layers])
+
+
+def _label(scores: Tensor, keep: float, prune: float) -> tuple[Tensor, Tensor]:
+    """Kept and pruned patches (n,) bool of one layer; a layer always keeps its best patch."""
+    kept = scores >= keep
+    kept[scores.argmax()] = True
+    return kept, (scores < prune) & ~kept
+
+
+def _stage_plan(
+    first: int, last: int, scores: Tensor, kept: Tensor, pruned: Tensor, width: int, row_weights: str
+) -> StagePlan:
+    centres = kept.nonzero().squeeze(1).tolist()
+    segments = torch.full((len(scores),), -1)
+    weights = torch.zeros(len(scores), dtype=torch.float64)
+    left = 0
+    for index, centre in enumerate(centres):
+        right = len(scores)
+        if index + 1 < len(centres):
+            halfway = -(-(centre + centres[index + 1]) // 2)
+            right = min(halfway, ((centre + 1) // width + 1) * width)
+        members = torch.arange(left, right)
+        members = members[~pruned[members]]
+        segments[members] = index
+        # A layer of zeros keeps one patch of score 0; its members, zero like it, weigh as much.
+        row = scores[members] / scores[centre] if scores[centre] > 0 else torch.ones_like(scores[members])
+        weights[members] = row / row.sum() if row_weights == "average" else row
+        left = right
+    return StagePlan(first, last, tuple(segments.tolist()), tuple(weights.float().tolist()))
+
+
+def _check_grid(grid: tuple[int, int]) -> None:
+    if not isinstance(grid, tuple) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        raise ValueError(f"grid must be two positive integers (rows, columns), got {grid!r}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_stage_bounds(bounds: Sequence[tuple[int, int]], depth: int) -> None:
+    previous = -1
+    for first, last in bounds:
+        if not previous < first <= last < depth:
+            raise ValueError(
+                f"stages must be (first, last) blocks in order, without overlap, within 0..{depth - 1}, "
+                f"got {[tuple(stage) for stage in bounds]}"
+            )
+        previous = last
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected an integer, got {value!r}")
+    return value

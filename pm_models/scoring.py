@@ -1,0 +1,99 @@
+"""Gradient-weighted attention scores of a Vision Transformer's tokens, without an attention matrix."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from .attention import PMAttention, fusable_attentions, replace_module
+from .vision_transformer import check_vision_transformer
+
+
+def score_tokens(
+    model: VisionTransformer,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    batches: int,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
+    """Score every patch token in every block by the gradient-weighted attention that it receives.
+
+    For block ``l`` and token ``j``: the sum over batches of
+    ``|sum over images, heads, queries of A * dLoss/dA| / (B * H * N)`` at ``A``'s column ``j``
+    (arXiv 2503.23455, section 3). It is read off the gradient of a gate on that column, so attention stays fused.
+
+    Args:
+        model: a timm VisionTransformer on any device; it comes back as it was.
+        loader: yields (images (B, 3, H, W), targets).
+        batches: how many batches to take from the loader, at least 1; a shorter loader is used whole, with a warning.
+        loss_fn: ``loss_fn(logits, targets)``, a scalar.
+
+    Returns:
+        (L, patches) float32 on the CPU, prefix tokens left out.
+
+    Raises:
+        TypeError: the model is no timm VisionTransformer.
+        ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
+    """
+    check_vision_transformer(model)
+    if batches < 1:
+        raise ValueError(f"batches must be at least 1, got {batches}")
+    for index, block in enumerate(model.blocks):
+        if not fusable_attentions(block):
+            raise ValueError(
+                f"block {index} is a {type(block).__name__} without timm's Attention, so its tokens cannot be scored"
+            )
+    like = next(model.parameters())
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    scores = torch.zeros(len(model.blocks), tokens, dtype=torch.float32, device=like.device)
+    taken = 0
+    with torch.inference_mode(False), torch.enable_grad(), _gated(model, tokens) as gates:
+        for images, targets in loader:
+            loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
+            heads = [_num_heads(block) for block in model.blocks]
+            for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
+                scores[index] += gradient.float().abs() / (len(images) * heads[index] * tokens)
+            taken += 1
+            if taken == batches:
+                break
+    if taken == 0:
+        raise ValueError("loader is empty: expected at least one batch of (images, targets)")
+    if taken < batches:
+        warnings.warn(f"the loader gave {taken} of the {batches} batches asked for", stacklevel=2)
+    return scores[:, model.num_prefix_tokens :].cpu()
+
+
+@contextmanager
+def _gated(model: VisionTransformer, tokens: int) -> Iterator[list[Tensor]]:
+    """The model in eval mode and frozen, with a gate of ones on every block's keys; undone at the end."""
+    modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    like = next(model.parameters())
+    replaced, gates = [], []
+    try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for block in model.blocks:
+            # A float32 gate sums the gradients of half-precision values in float32.
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            gates.append(torch.ones(tokens, dtype=dtype, device=like.device, requires_grad=True))
+            for name, attention in fusable_attentions(block).items():
+                replace_module(block, name, PMAttention(attention, token_gate=gates[-1]))
+                replaced.append((block, name, attention))
+        yield gates
+    finally:
+        for block, name, attention in replaced:
+            replace_module(block, name, attention)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _num_heads(block: torch.nn.Module) -> int:
+    return next(module.num_heads for module in block.modules() if isinstance(module, PMAttention))

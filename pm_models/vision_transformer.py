@@ -1,0 +1,441 @@
+"""A timm Vision Transformer whose blocks run on merged tokens, by the paper's word or folded."""
+
+import copy
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+
+import torch
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pm_kernels import token_mix
+
+from .attention import PMAttention, fusable_attentions, refuse_masks, replace_module
+from .folding import TRAIN_MATRICES, Folded, Run, StageMatrices, fold, mark_unread
+from .plan import CompressionPlan
+
+EXECUTIONS = ("folded", "literal")
+
+
+class PMVisionTransformer(VisionTransformer):
+    """A timm :class:`~timm.models.VisionTransformer` compressed by a plan; :func:`compress` makes one.
+
+    It takes over the given model's modules, whose parameter names stay timm's; the matrices are added under
+    ``stages.<first block>.merge`` and ``.reconstruct``.
+
+    Args:
+        model: the model to take over. It is not copied.
+        plan: what each block keeps, merges and prunes.
+        train_matrices: see :func:`compress`.
+        size_bias: see :func:`compress`.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        plan: CompressionPlan,
+        *,
+        train_matrices: str | None = "support",
+        size_bias: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(model.__dict__)
+        self.plan = plan
+        self.train_matrices = train_matrices
+        self.size_bias = size_bias
+        self._execution = "folded"
+        self._folded: dict[tuple, tuple[tuple[int, ...], Folded]] = {}
+        for index, block in enumerate(self.blocks):
+            sizes = plan.token_sizes(index) if size_bias and plan.stage_of(index) is not None else None
+            for name, attention in fusable_attentions(block).items():
+                bias = None if sizes is None else sizes.log().to(attention.qkv.weight)
+                replace_module(block, name, PMAttention(attention, key_bias=bias))
+        self.stages = nn.ModuleDict(
+            {str(stage.first): StageMatrices(plan, stage, train_matrices) for stage in plan.stages}
+        )
+        self._find_runs()
+        self.stages.to(self.patch_embed.proj.weight)
+        self.register_load_state_dict_post_hook(_refold_loaded)
+        self._refold()
+
+    @property
+    def execution(self) -> str:
+        """``"folded"``: no full token map between blocks; ``"literal"``: the paper's equations, word by word."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, value: str) -> None:
+        if value not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {value!r}")
+        self._execution = value
+
+    def merge_matrices(self) -> list[Tensor]:
+        """The merge matrix (C, N) of each compressed block, in order; blocks of one stage share theirs.
+
+        With ``train_matrices="dense"`` they are the parameters themselves.
+        """
+        return [matrices.merge_matrix() for matrices in self._block_matrices()]
+
+    def reconstruct_matrices(self) -> list[Tensor]:
+        """The reconstruct matrix (N, C) of each compressed block, in order; blocks of one stage share theirs.
+
+        With ``train_matrices="dense"`` they are the parameters themselves.
+        """
+        return [matrices.reconstruct_matrix() for matrices in self._block_matrices()]
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, classes)."""
+        refuse_masks(attn_mask, is_causal)
+        tokens = VisionTransformer.forward_features(_Rewired(self, partial(self._run, self._pooled_readout())), x)
+        return self.forward_head(tokens)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images (B, 3, H, W) to all N normalised tokens (B, N, D), pruned and merged ones included."""
+        refuse_masks(attn_mask, is_causal)
+        return VisionTransformer.forward_features(_Rewired(self, partial(self._run, "all")), x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        *args: object,
+        stop_early: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **kwargs: object,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict:
+        """timm's ``forward_intermediates``: the full token map after each block asked for."""
+        refuse_masks(attn_mask, is_causal)
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        blocks = _CapturingBlocks(self, len(self.blocks), {*taken, last if stop_early else len(self.blocks) - 1})
+        return VisionTransformer.forward_intermediates(
+            _Rewired(self, blocks), x, indices, *args, stop_early=stop_early, **kwargs
+        )
+
+    def prune_intermediate_layers(self, *args: object, **kwargs: object) -> list[int]:
+        """timm's ``prune_intermediate_layers``; a stage that the cut goes through ends with the last block left."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)
+        for first in [first for first in self.stages if int(first) >= len(self.blocks)]:
+            del self.stages[first]
+        self._find_runs()
+        self._refold()
+        return taken
+
+    def set_input_size(
+        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
+    ) -> None:
+        """Refused where it would change the grid, which the plan was made for.
+
+        Raises:
+            ValueError: the new size has another grid than the plan.
+        """
+        height, width = img_size or self.patch_embed.img_size
+        rows, columns = patch_size or self.patch_embed.patch_size
+        if (height // rows, width // columns) != self.plan.grid:
+            raise ValueError(
+                f"img_size {(height, width)} with patches of {(rows, columns)} gives a grid of "
+                f"{(height // rows, width // columns)}, but the plan was made for {self.plan.grid}; "
+                "make a plan from scores at the new size"
+            )
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's parameters without weight decay, and the merge and reconstruct matrices."""
+        return set(super().no_weight_decay()) | {f"stages.{name}" for name, _ in self.stages.named_parameters()}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's layer groups; a stage's matrices belong to its first block."""
+        groups = super().group_matcher(coarse)
+        return groups | {"blocks": [*groups["blocks"], (r"^stages\.(\d+)", None)]}
+
+    def train(self, mode: bool = True) -> "PMVisionTransformer":
+        super().train(mode)
+        self._refold()
+        return self
+
+    def _apply(self, *args: object, **kwargs: object) -> "PMVisionTransformer":
+        super()._apply(*args, **kwargs)
+        self._refold()
+        return self
+
+    def _find_runs(self) -> None:
+        """What follows from the plan and the blocks: which runs there are, which pruned tokens nothing reads."""
+        self._runs = list(_runs(self.stages, self.plan, len(self.blocks)))
+        mark_unread(self._runs, self.num_prefix_tokens)
+
+    def _block_matrices(self) -> Iterator[StageMatrices]:
+        for run in self._runs:
+            if run.matrices is not None:
+                yield from [run.matrices] * (run.last - run.first + 1)
+
+    def _pooled_readout(self) -> str:
+        """The rows that the head reads."""
+        if self.attn_pool is not None or self.pool_include_prefix:
+            return "all"
+        if self.global_pool == "token":
+            return "prefix"
+        # The mean of the patches is linear, a norm before it is not.
+        if self.global_pool == "avg" and isinstance(self.norm, nn.Identity):
+            return "patch_mean"
+        return "all"
+
+    def _run(self, readout: str, x: Tensor, captured: Collection[int] = (), maps: dict | None = None) -> Tensor:
+        """Run the blocks on x (B, N, D); put the full maps after the blocks of ``captured`` into ``maps``."""
+        if x.shape[1] != self.plan.num_tokens:
+            raise ValueError(
+                f"the images give {x.shape[1]} tokens, but the plan was made for a grid of {self.plan.grid} and "
+                f"{self.plan.num_prefix_tokens} prefix tokens: {self.plan.num_tokens} tokens"
+            )
+        if not self.stages:
+            execute = self._run_literal
+        else:
+            execute = self._run_folded if self._execution == "folded" else self._run_literal
+        return execute(readout, x, captured, maps)
+
+    def _run_literal(self, readout: str, x: Tensor, captured: Collection[int], maps: dict | None) -> Tensor:
+        """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens."""
+        for run in self._runs:
+            stage = run.matrices
+            y = x if stage is None else token_mix(x, stage.merge_matrix())
+            for index in range(run.first, run.last + 1):
+                y = self._block(index, y)
+                if index in captured or index == run.last:
+                    full = y
+                    if stage is not None:
+                        pruned = stage.pruned_mask.unsqueeze(1).to(x.dtype)
+                        full = token_mix(y, stage.reconstruct_matrix()) + pruned * x
+                    if index in captured:
+                        maps[index] = full
+            x = full
+        return x
+
+    def _run_folded(self, readout: str, x: Tensor, captured: Collection[int], maps: dict | None) -> Tensor:
+        """The same through folded transitions: between stages there is only the state, see :mod:`.folding`."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        folded = self._fold(readout, dtype, x.device)
+        for run, transition, frame in zip(self._runs, folded.transitions, folded.frames, strict=True):
+            if transition is not None:
+                x = token_mix(x, transition)
+            computed = x.shape[1] if run.matrices is None else run.matrices.shape[0]
+            y, carried = x, None
+            if computed < x.shape[1]:
+                y, carried = x[:, :computed], x[:, computed:]
+            for index in range(run.first, run.last + 1):
+                y = self._block(index, y)
+                if index in captured:
+                    state = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
+                    maps[index] = state if frame is None else token_mix(state, frame)
+            x = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
+        return x if folded.readout is None else token_mix(x, folded.readout)
+
+    def _block(self, index: int, x: Tensor) -> Tensor:
+        block = self.blocks[index]
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x)
+        return block(x)
+
+    def _fold(self, readout: str, dtype: torch.dtype, device: torch.device) -> Folded:
+        """The folded matrices for ``readout``, in the dtype that the ops will run in.
+
+        They are computed anew where a gradient has to reach the matrices. Elsewhere they are kept until a matrix
+        changes; a compiled graph reads what was kept when the model was last moved, loaded or put into a mode.
+        """
+        trains = any(parameter.requires_grad for parameter in self.stages.parameters())
+        if trains and torch.is_grad_enabled():
+            return _cast(self._fold_anew(readout), dtype)
+        kept = self._folded.get((readout, dtype, device))
+        if torch.compiler.is_compiling():
+            return _cast(self._fold_anew(readout), dtype) if kept is None else kept[1]
+        versions = self._versions()
+        if kept is None or kept[0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = versions, _cast(self._fold_anew(readout), dtype)
+            self._folded[readout, dtype, device] = kept
+        return kept[1]
+
+    def _fold_anew(self, readout: str) -> Folded:
+        return fold(self._runs, self.plan.num_tokens, self.num_prefix_tokens, readout)
+
+    def _versions(self) -> tuple[int, ...]:
+        """Changes with every change of a matrix in place."""
+        return tuple(
+            0 if tensor.is_inference() else tensor._version
+            for matrices in self.stages.values()
+            for tensor in (matrices.merge, matrices.reconstruct)
+        )
+
+    def _refold(self) -> None:
+        """Forget what was kept, and fold for inference, so that a compiled graph finds it."""
+        self._folded.clear()
+        if self.stages and not self.training:
+            like = self.patch_embed.proj.weight
+            with torch.no_grad():
+                self._fold(self._pooled_readout(), like.dtype, like.device)
+
+
+class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistilled):
+    """The same on timm's :class:`~timm.models.deit.VisionTransformerDistilled`, with its two prefix tokens and heads."""
+
+
+class _Rewired:
+    """A model as timm's own forwards see it, with other blocks: everything else is the model's.
+
+    timm's forwards embed, call ``self.blocks`` and normalise. Run on this object, they do so around the compressed
+    blocks, and none of them is copied. Checkpointing is done by the compressed blocks themselves.
+    """
+
+    grad_checkpointing = False
+
+    def __init__(self, model: PMVisionTransformer, blocks: "Callable[[Tensor], Tensor] | _CapturingBlocks") -> None:
+        self._model = model
+        self.blocks = blocks
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+
+class _CapturingBlocks:
+    """Blocks as ``forward_intermediates`` walks them: the first call runs the model, each hands out its full map."""
+
+    def __init__(self, model: PMVisionTransformer, depth: int, captured: set[int]) -> None:
+        self._model = model
+        self._depth = depth
+        self._captured = captured
+
+    def __len__(self) -> int:
+        return self._depth
+
+    def __getitem__(self, blocks: slice) -> "_CapturingBlocks":
+        return _CapturingBlocks(self._model, len(range(self._depth)[blocks]), self._captured)
+
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor | None]]:
+        maps: dict[int, Tensor] = {}
+
+        def first(x: Tensor) -> Tensor | None:
+            self._model._run("all", x, self._captured, maps)
+            return maps.get(0)
+
+        yield first
+        for index in range(1, self._depth):
+            yield lambda _, index=index: maps.get(index)
+
+
+_COMPRESSED_CLASSES: dict[type[VisionTransformer], type[PMVisionTransformer]] = {
+    VisionTransformer: PMVisionTransformer,
+    VisionTransformerDistilled: PMVisionTransformerDistilled,
+}
+
+
+def compress(
+    model: VisionTransformer,
+    plan: CompressionPlan,
+    *,
+    train_matrices: str | None = "support",
+    size_bias: bool = False,
+) -> PMVisionTransformer:
+    """Compress a timm Vision Transformer by a plan (arXiv 2503.23455, section 3).
+
+    Args:
+        model: a timm VisionTransformer (or VisionTransformerDistilled); it is left as it was.
+        plan: made for the model's grid, depth and prefix tokens.
+        train_matrices: which entries of the merge and reconstruct matrices train: ``"support"``, the plan's nonzeros;
+            ``"dense"``, all; ``None``, none.
+        size_bias: add the logarithm of the number of tokens that a merged token stands for to its logits as a key
+            (proportional attention).
+
+    Returns:
+        A new model, a timm VisionTransformer in every way, on the same device, in the same dtype and mode.
+
+    Raises:
+        TypeError: the model is no timm VisionTransformer.
+        ValueError: the model has a part that cannot be compressed, or the plan was made for another model.
+    """
+    if train_matrices not in TRAIN_MATRICES:
+        raise ValueError(f"train_matrices must be 'support', 'dense' or None, got {train_matrices!r}")
+    _check_model(model, size_bias)
+    _check_plan(model, plan)
+    return _COMPRESSED_CLASSES[type(model)](
+        copy.deepcopy(model), plan, train_matrices=train_matrices, size_bias=size_bias
+    )
+
+
+def check_vision_transformer(model: nn.Module) -> None:
+    """Refuse what is no plain timm VisionTransformer, saying why.
+
+    Raises:
+        TypeError: the model is of another class.
+    """
+    if isinstance(model, PMVisionTransformer):
+        raise TypeError("model is compressed already; start from the uncompressed model")
+    if type(model) not in _COMPRESSED_CLASSES:
+        raise TypeError(
+            "model must be a timm VisionTransformer or VisionTransformerDistilled, whose blocks treat tokens as a "
+            f"set once positions are added, got {type(model).__name__}"
+        )
+
+
+def _check_model(model: VisionTransformer, size_bias: bool) -> None:
+    check_vision_transformer(model)
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError(
+            "model drops patches at random (patch_drop_rate), but a plan needs every patch in its place; "
+            "create it with patch_drop_rate=0"
+        )
+    for index, block in enumerate(model.blocks):
+        attentions = fusable_attentions(block)
+        if size_bias and not attentions:
+            raise ValueError(
+                f"size_bias needs timm's Attention in every block, block {index} is a {type(block).__name__} without"
+            )
+        for attention in attentions.values():
+            if attention.attn_drop.p > 0:
+                raise ValueError(
+                    f"model has attention dropout {attention.attn_drop.p} (attn_drop_rate) in block {index}, which "
+                    "no fused kernel does; create it with attn_drop_rate=0"
+                )
+
+
+def _check_plan(model: VisionTransformer, plan: CompressionPlan) -> None:
+    if not isinstance(plan, CompressionPlan):
+        raise TypeError(f"plan must be a CompressionPlan, got {type(plan).__name__}")
+    for name, planned, actual in (
+        ("grid", plan.grid, tuple(model.patch_embed.grid_size)),
+        ("depth", plan.depth, len(model.blocks)),
+        ("num_prefix_tokens", plan.num_prefix_tokens, model.num_prefix_tokens),
+    ):
+        if planned != actual:
+            raise ValueError(f"plan was made for {name} {planned}, but the model has {name} {actual}")
+
+
+def _runs(stages: nn.ModuleDict, plan: CompressionPlan, depth: int) -> Iterator[Run]:
+    """The stages, and between them the uncompressed blocks, up to ``depth``."""
+    block = 0
+    while block < depth:
+        stage = plan.stage_of(block)
+        if stage is None:
+            later = [other.first for other in plan.stages if other.first > block]
+            last = min([depth, *later]) - 1
+            yield Run(block, last, None)
+        else:
+            last = min(stage.last, depth - 1)
+            yield Run(block, last, stages[str(stage.first)])
+        block = last + 1
+
+
+def _refold_loaded(model: PMVisionTransformer, _: object) -> None:
+    model._refold()
+
+
+def _cast(folded: Folded, dtype: torch.dtype) -> Folded:
+    def cast(matrix: Tensor | None) -> Tensor | None:
+        return None if matrix is None else matrix.to(dtype)
+
+    return Folded(
+        [cast(matrix) for matrix in folded.transitions],
+        [cast(matrix) for matrix in folded.frames],
+        cast(folded.readout),
+    )
