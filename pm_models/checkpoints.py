@@ -68,8 +68,12 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_pretrained(folder: str | os.PathLike) -> VisionTransformer:
+def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> VisionTransformer:
     """Load a model that :func:`save_pretrained` wrote, on the CPU, in evaluation mode, in the dtype it was saved in.
+
+    Args:
+        folder: what was saved to.
+        uncompressed: leave the plan and its matrices out: the plain timm model with the same weights.
 
     Returns:
         A :class:`PMVisionTransformer`, or the plain timm model where that was saved.
@@ -82,12 +86,14 @@ def load_pretrained(folder: str | os.PathLike) -> VisionTransformer:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no saved model: expected {CONFIG_NAME} and {WEIGHTS_NAME} in it")
-    model = _build(folder)
+    model = _build(folder, uncompressed)
     path = folder / WEIGHTS_NAME
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    if uncompressed:
+        weights = {name: value for name, value in weights.items() if not name.startswith("stages.")}
     _load_weights(model, weights, path)
     return model.to(weights["patch_embed.proj.weight"].dtype).eval()
 
@@ -172,14 +178,14 @@ def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
-def _build(folder: Path) -> VisionTransformer:
+def _build(folder: Path, uncompressed: bool = False) -> VisionTransformer:
     """The model that the folder's configuration describes, with random weights."""
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         compression = config.get("compression")
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-        if compression is None:
+        if compression is None or uncompressed:
             return model
         plan = CompressionPlan.from_dict(compression["plan"])
         options = {name: compression[name] for name in ("train_matrices", "size_bias")}

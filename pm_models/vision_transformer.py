@@ -278,7 +278,7 @@ class PMVisionTransformer(VisionTransformer):
 
 
 class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistilled):
-    """The same on timm's :class:`~timm.models.deit.VisionTransformerDistilled`, with its two prefix tokens and heads."""
+    """The same on timm's :class:`~timm.models.deit.VisionTransformerDistilled`: two prefix tokens, two heads."""
 
 
 class _Rewired:

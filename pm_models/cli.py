@@ -1,0 +1,489 @@
+"""The command line ``pm-vit``."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.utils import ParseKwargs
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .checkpoints import CONFIG_NAME, load_pretrained, load_state_file, save_pretrained
+from .data import calibration_loader, check_classes, class_names, make_loader, open_dataset
+from .files import atomic_path, write_atomically
+from .measure import count_gmacs, throughput
+from .plan import CompressionPlan
+from .report import compare
+from .scoring import score_tokens
+from .training import Recipe, classification_task, distillation_task, evaluate, fit
+from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
+from .visualize import plan_figure
+
+_STATE = "state"
+_SUMMARY = "training.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``pm-vit``; an error of the user's is one line on standard error and exit status 2."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"pm-vit {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"pm-vit {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import run_demo  # scikit-learn is read for the demo alone
+
+    run_demo(options.output, seed=options.seed)
+
+
+def _train(options: argparse.Namespace) -> None:
+    accelerator = _accelerator(options)
+    _check_output(options.output)
+    train_set, eval_set = _datasets(options)
+    model = _dense_model(options, train_set)
+    _fit_and_save(
+        options, accelerator, model, classification_task(model, smoothing=options.smoothing), train_set, eval_set
+    )
+
+
+def _compress(options: argparse.Namespace) -> None:
+    accelerator = _accelerator(options)
+    _check_output(options.output)
+    train_set = open_dataset(
+        options.data_dir, options.train_split, dataset=options.dataset, in_chans=options.in_chans or 3
+    )
+    model = _dense_model(options, train_set).to(accelerator.device)
+    check_classes(train_set, model)
+    loader = calibration_loader(
+        train_set,
+        model,
+        batches=options.score_batches,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        seed=options.seed,
+    )
+    batches = min(options.score_batches, len(loader))
+    with accelerator.autocast():
+        scores = score_tokens(model, tqdm(loader, "score", leave=False, total=batches), batches=batches)
+    plan = CompressionPlan.from_scores(
+        scores,
+        tuple(model.patch_embed.grid_size),
+        options.keep_rate,
+        options.prune_rate,
+        options.layer_decay,
+        model.num_prefix_tokens,
+        allocation=options.allocation,
+        row_weights=options.row_weights,
+        stages=options.stages,
+    )
+    train_matrices = None if options.train_matrices == "none" else options.train_matrices
+    compressed = compress(model, plan, train_matrices=train_matrices, size_bias=options.size_bias)
+    save_pretrained(compressed, options.output, model_args=options.model_kwargs)
+    plan.save(options.output / "plan.json")
+    _save_picture(plan, options.output / "plan.png")
+    size = _input_size(model)
+    before, after = count_gmacs(model, size), count_gmacs(compressed, size)
+    print(plan)
+    print(f"GMACs per image: {before:.4g} before, {after:.4g} after ({after / before:.1%})")
+    print(f"compressed model: {options.output}; next: pm-vit finetune {options.data_dir} --model {options.output}")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    accelerator = _accelerator(options)
+    _check_output(options.output)
+    model = load_pretrained(options.model)
+    if not isinstance(model, PMVisionTransformer):
+        raise ValueError(f"{options.model} holds an uncompressed model; run pm-vit compress first, or pm-vit train")
+    train_set, eval_set = _datasets(options, in_chans=model.in_chans)
+    check_classes(train_set, model)
+    teacher = _teacher(options, model)
+    task = distillation_task(model, teacher, alpha=options.distill_alpha, temperature=options.distill_temperature)
+    model.set_grad_checkpointing(options.grad_checkpointing)
+    _fit_and_save(options, accelerator, model, task, train_set, eval_set)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    accelerator = _accelerator(options)
+    eval_set = open_dataset(
+        options.data_dir, options.val_split, dataset=options.dataset, in_chans=options.in_chans or 3
+    )
+    model = _model(options, eval_set).to(accelerator.device).eval()
+    check_classes(eval_set, model)
+    loader = make_loader(eval_set, model, batch_size=options.batch_size, workers=options.workers)
+    result = evaluate(model, accelerator.prepare(loader), accelerator=accelerator)
+    size = _input_size(model)
+    images = torch.randn(options.batch_size, *size, device=accelerator.device)
+    with accelerator.autocast():
+        speed = throughput({"model": model}, images, rounds=5)["model"]
+    result |= {
+        "model": str(options.model),
+        "gmacs": count_gmacs(model, size),
+        "param_count": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "samples_per_sec": speed,
+    }
+    print(
+        f"top-1 {result['top1']:.2f}%, top-5 {result['top5']:.2f}%, loss {result['loss']:.4f} on {result['images']} "
+        f"images; {result['gmacs']:.4g} GMACs, {result['param_count']:.2f} M parameters, {speed:.0f} images/s at batch "
+        f"{options.batch_size} on {accelerator.device.type}"
+    )
+    if options.results_file is not None:
+        write_atomically(options.results_file, json.dumps(result, indent=2).encode())
+
+
+def _fit_and_save(
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    model: VisionTransformer,
+    task: torch.nn.Module,
+    train_set: Dataset,
+    eval_set: Dataset,
+) -> None:
+    """Train the task's model, continuing a stopped run, and save it with its results."""
+    recipe = Recipe(
+        epochs=options.epochs,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        warmup_epochs=options.warmup_epochs,
+        clip_grad=options.clip_grad,
+        seed=options.seed,
+    )
+    train_loader = make_loader(
+        train_set,
+        model,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        training=True,
+        auto_augment=options.aa,
+        re_prob=options.reprob,
+    )
+    eval_loader = make_loader(eval_set, model, batch_size=options.batch_size, workers=options.workers)
+    results = fit(
+        task,
+        train_loader,
+        eval_loader,
+        recipe,
+        accelerator=accelerator,
+        state_dir=options.output / _STATE,
+        name=options.command,
+    )
+    if not accelerator.is_main_process:
+        return
+    model = task.trainable_module.eval()
+    save_pretrained(model, options.output, model_args=getattr(options, "model_kwargs", None))
+    summary = {"command": options.command, "recipe": asdict(recipe), "epochs": [asdict(result) for result in results]}
+    write_atomically(options.output / _SUMMARY, json.dumps(summary, indent=2).encode())
+    models = {options.command: model}
+    if isinstance(model, PMVisionTransformer):
+        models = {"dense": task.teacher.model.eval(), options.command: model}
+    _print_comparison(options, accelerator, models, eval_loader)
+    print(f"model: {options.output}")
+
+
+def _print_comparison(
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    models: dict[str, VisionTransformer],
+    eval_loader: torch.utils.data.DataLoader,
+) -> None:
+    size = _input_size(next(iter(models.values())))
+    images = torch.randn(options.batch_size, *size, device=accelerator.device)
+    with accelerator.autocast():
+        speed = throughput(models, images, rounds=5)
+    rows = {}
+    for name, model in models.items():
+        tokens = getattr(model, "plan", None)
+        rows[name] = {
+            "top1": evaluate(model, eval_loader, accelerator=accelerator)["top1"],
+            "gmacs": count_gmacs(model, size),
+            "images_per_second": speed[name],
+            "tokens": _dense_tokens(model) if tokens is None else tokens.tokens,
+        }
+    print(compare(rows))
+
+
+def _dense_tokens(model: VisionTransformer) -> list[int]:
+    return [model.patch_embed.num_patches + model.num_prefix_tokens] * len(model.blocks)
+
+
+def _accelerator(options: argparse.Namespace) -> Accelerator:
+    precision = {"bfloat16": "bf16", "float16": "fp16"}[options.amp_dtype] if options.amp else "no"
+    return Accelerator(mixed_precision=precision, cpu=options.device == "cpu")
+
+
+def _datasets(options: argparse.Namespace, in_chans: int | None = None) -> tuple[Dataset, Dataset]:
+    in_chans = in_chans or options.in_chans or 3
+    return tuple(
+        open_dataset(options.data_dir, split, dataset=options.dataset, in_chans=in_chans)
+        for split in (options.train_split, options.val_split)
+    )
+
+
+def _model(options: argparse.Namespace, dataset: Dataset) -> VisionTransformer:
+    """The model that ``--model`` names: a folder that was saved, or one of timm's names."""
+    folder = Path(options.model)
+    if (folder / CONFIG_NAME).is_file():
+        return load_pretrained(folder)
+    if not timm.is_model(options.model):
+        similar = timm.list_models(f"*{options.model}*")[:3]
+        hint = f"; did you mean {', '.join(similar)}?" if similar else ""
+        raise ValueError(f"--model {options.model} is neither a saved folder nor a timm model{hint}")
+    names = class_names(dataset)
+    arguments = {
+        "num_classes": options.num_classes or (len(names) if names else None),
+        "img_size": options.img_size,
+        "in_chans": options.in_chans,
+        **options.model_kwargs,
+    }
+    model = timm.create_model(
+        options.model,
+        pretrained=options.pretrained,
+        **{name: value for name, value in arguments.items() if value is not None},
+    )
+    if options.checkpoint is not None:
+        check_vision_transformer(model)
+        weights = load_state_file(options.checkpoint)
+        try:
+            model.load_state_dict(checkpoint_filter_fn(weights, model))
+        except (RuntimeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{options.checkpoint} does not hold the weights of {options.model}: {error}") from error
+    return model
+
+
+def _dense_model(options: argparse.Namespace, dataset: Dataset) -> VisionTransformer:
+    model = _model(options, dataset)
+    check_vision_transformer(model)
+    return model
+
+
+def _teacher(options: argparse.Namespace, model: PMVisionTransformer) -> VisionTransformer:
+    """The uncompressed model to distil from; by default the model as it was before compression."""
+    if options.teacher is not None:
+        teacher = load_pretrained(options.teacher)
+        if teacher.num_classes != model.num_classes:
+            raise ValueError(
+                f"--teacher {options.teacher} has {teacher.num_classes} classes, the model has {model.num_classes}"
+            )
+        return teacher
+    if (Path(options.model) / _SUMMARY).is_file():
+        raise ValueError(
+            f"{options.model} is fine-tuned already: its weights are no longer those of the uncompressed model; "
+            "name the uncompressed model's folder with --teacher"
+        )
+    return load_pretrained(options.model, uncompressed=True)
+
+
+def _check_output(output: Path) -> None:
+    if (output / CONFIG_NAME).exists():
+        raise FileExistsError(f"{output} holds a finished model; choose another --output, or delete it")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output {output} is a file, expected a folder or nothing")
+
+
+def _save_picture(plan: CompressionPlan, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        plan_figure(plan).savefig(temporary, format="png", dpi=150)
+
+
+def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
+    return (model.in_chans, *model.patch_embed.img_size)
+
+
+def _stages(text: str) -> list[tuple[int, int]]:
+    """``3-5,6-11`` as [(3, 5), (6, 11)]; a single block may stand alone."""
+    try:
+        return [tuple(int(block) for block in (part.split("-") * 2)[:2]) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected blocks such as 0-2,3-5,6, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pm-vit",
+        description="Compress the tokens of Vision Transformers by Prune and Merge.",
+        epilog="A first look: pm-vit demo. Then, on your images: pm-vit compress DATA --model NAME --checkpoint FILE "
+        "--output DIR, and pm-vit finetune DATA --model DIR --output DIR2.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole path on scikit-learn's digits, in a few minutes on a CPU",
+        description="Train a small ViT on scikit-learn's digits, compress it, fine-tune it, and compare both.",
+    )
+    demo.add_argument("--output", type=Path, default=Path("pm-vit-demo"), help="folder to write to (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="train an uncompressed model on labelled images",
+        description="Train (or go on training) a timm Vision Transformer on labelled images.",
+    )
+    _add_data(train)
+    _add_model(train)
+    _add_training(train, epochs=100, lr=5e-4, weight_decay=0.05, warmup=5)
+    train.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (%(default)s)")
+    train.set_defaults(run=_train)
+
+    compress_ = commands.add_parser(
+        "compress",
+        help="score a trained model's tokens, plan, and compress it",
+        description="Score the tokens of a trained timm Vision Transformer on training images, make a plan, and save "
+        "the compressed model with the plan and its picture. Fine-tuning comes next.",
+    )
+    _add_data(compress_)
+    _add_model(compress_)
+    _add_output(compress_)
+    compress_.add_argument(
+        "--keep-rate", type=float, required=True, help="share of all patches kept as tokens, such as 0.6"
+    )
+    compress_.add_argument(
+        "--prune-rate", type=float, required=True, help="share that skips its block, such as 0.1; the rest is merged"
+    )
+    compress_.add_argument(
+        "--layer-decay", type=float, default=0.025, help="scores of block l times 1 - l * this (%(default)s)"
+    )
+    compress_.add_argument("--score-batches", type=int, default=16, help="batches to score on (%(default)s)")
+    compress_.add_argument(
+        "--allocation",
+        choices=("global", "layer"),
+        default="global",
+        help="global: each block finds its own number of tokens; layer: the rates hold in every block (%(default)s)",
+    )
+    compress_.add_argument(
+        "--row-weights",
+        choices=("sum", "average"),
+        default="sum",
+        help="a merged token is the weighted sum (the paper) or average of its patches (%(default)s)",
+    )
+    compress_.add_argument(
+        "--stages",
+        type=_stages,
+        help="blocks that share merged tokens, such as 3-5,6-8; blocks left out stay uncompressed (each block its own)",
+    )
+    compress_.add_argument(
+        "--train-matrices",
+        choices=("support", "dense", "none"),
+        default="support",
+        help="what fine-tuning may change of the matrices: the plan's nonzeros, all entries, nothing (%(default)s)",
+    )
+    compress_.add_argument(
+        "--size-bias", action="store_true", help="attend in proportion to the patches that a token stands for"
+    )
+    compress_.set_defaults(run=_compress)
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="fine-tune a compressed model, distilling from the uncompressed one",
+        description="Fine-tune a compressed model with soft distillation from the uncompressed one.",
+    )
+    _add_data(finetune)
+    finetune.add_argument("--model", required=True, help="folder that pm-vit compress wrote")
+    finetune.add_argument(
+        "--teacher", type=Path, help="folder of the uncompressed model (the model as it was before compression)"
+    )
+    finetune.add_argument(
+        "--distill-alpha", type=float, default=1.0, help="weight of the distillation loss (%(default)s)"
+    )
+    finetune.add_argument("--distill-temperature", type=float, default=20.0, help="its temperature (%(default)s)")
+    finetune.add_argument("--grad-checkpointing", action="store_true", help="trade time for activation memory")
+    _add_training(finetune, epochs=30, lr=1e-4, weight_decay=1e-3, warmup=0)
+    finetune.set_defaults(run=_finetune)
+
+    evaluate_ = commands.add_parser(
+        "eval",
+        help="accuracy, GMACs and throughput of a model",
+        description="Evaluate a model, compressed or not, on labelled images.",
+    )
+    _add_data(evaluate_)
+    _add_model(evaluate_)
+    evaluate_.add_argument("--results-file", type=Path, help="write the results as JSON")
+    evaluate_.set_defaults(run=_eval)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "data_dir", type=Path, metavar="DATA", help="folder with train/CLASS/IMAGES and validation/CLASS/IMAGES"
+    )
+    group.add_argument(
+        "--dataset", default="", help="a data set that timm reads instead of folders, such as torch/cifar10"
+    )
+    group.add_argument("--train-split", default="train", help="folder or split to train on (%(default)s)")
+    group.add_argument("--val-split", default="validation", help="folder or split to evaluate on (%(default)s)")
+    group.add_argument("-b", "--batch-size", type=_positive, default=128, help="images per batch (%(default)s)")
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that load images (%(default)s)",
+    )
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if there is one (%(default)s)"
+    )
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument(
+        "--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="its type (%(default)s)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="a timm Vision Transformer's name, or a folder saved by pm-vit")
+    group.add_argument("--checkpoint", type=Path, help="file with the named model's weights (.safetensors or .pth)")
+    group.add_argument("--pretrained", action="store_true", help="let timm download weights for the named model")
+    group.add_argument("--num-classes", type=_positive, help="classes (as many as the data has)")
+    group.add_argument("--img-size", type=_positive, help="image size in pixels (the named model's)")
+    group.add_argument("--in-chans", type=_positive, help="image channels, 1 or 3 (3)")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="NAME=VALUE",
+        help="more arguments of timm.create_model, such as depth=6 embed_dim=192",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+
+
+def _add_training(parser: argparse.ArgumentParser, *, epochs: int, lr: float, weight_decay: float, warmup: int) -> None:
+    _add_output(parser)
+    group = parser.add_argument_group("training (a stopped run with the same --output continues)")
+    group.add_argument("--epochs", type=_positive, default=epochs, help="passes over the data (%(default)s)")
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW (%(default)s)")
+    group.add_argument("--weight-decay", type=float, default=weight_decay, help="weight decay (%(default)s)")
+    group.add_argument("--warmup-epochs", type=int, default=warmup, help="epochs of warm-up (%(default)s)")
+    group.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm (%(default)s)")
+    group.add_argument("--aa", help="timm's augmentation policy, such as rand-m9-mstd0.5-inc1 (none)")
+    group.add_argument("--reprob", type=float, default=0.0, help="probability of random erasing (%(default)s)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

@@ -1,0 +1,128 @@
+"""Images from folders or from any data set that timm reads, as loaders in a model's own preprocessing."""
+
+import os
+from pathlib import Path
+
+import torch
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
+}
+
+
+def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", in_chans: int = 3) -> Dataset:
+    """A timm data set of labelled images.
+
+    Args:
+        data_dir: the root folder. Without ``dataset`` it is laid out like ImageNet: ``<split>/<class>/*.jpg``.
+        split: ``"train"`` or ``"validation"`` (whose folder may be called val or test), or another folder's name.
+        dataset: a name that ``timm.data.create_dataset`` knows, such as ``torch/cifar10``.
+        in_chans: 1 reads images in grey, else in colour.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no images in class folders; or timm cannot open the data set.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data folder at {root}")
+    if not dataset:
+        names = _SPLIT_NAMES.get(split, (split,))
+        found = [root / name for name in names if (root / name).is_dir()]
+        if not found:
+            raise FileNotFoundError(
+                f"{root} has no folder {' or '.join(names)}; expected {root / names[0]}/<class>/<image>, "
+                "one folder of images for each class"
+            )
+        root = found[0]
+    try:
+        return create_dataset(
+            dataset,
+            root=str(root),
+            split=split,
+            search_split=bool(dataset),
+            input_img_mode="L" if in_chans == 1 else "RGB",
+        )
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{root}: {error}; expected <class>/<image> in it, one folder for each class") from error
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """The classes of an image folder in the order of their labels; ``None`` where the data set does not tell."""
+    reader = getattr(dataset, "reader", None)
+    indices = getattr(reader, "class_to_idx", None)
+    return None if indices is None else sorted(indices, key=indices.get)
+
+
+def check_classes(dataset: Dataset, model: VisionTransformer) -> None:
+    """Refuse a data set with more classes than the model tells apart.
+
+    Raises:
+        ValueError: naming both counts.
+    """
+    names = class_names(dataset)
+    if names is not None and len(names) > model.num_classes:
+        raise ValueError(f"the data has {len(names)} classes, but the model tells {model.num_classes} apart")
+
+
+def make_loader(
+    dataset: Dataset,
+    model: VisionTransformer,
+    *,
+    batch_size: int,
+    workers: int,
+    training: bool = False,
+    auto_augment: str | None = None,
+    re_prob: float = 0.0,
+) -> DataLoader:
+    """A loader in the model's input size and normalisation, with timm's transforms.
+
+    Args:
+        dataset: from :func:`open_dataset`.
+        model: its size, mean, standard deviation, interpolation and crop are used.
+        batch_size: images per batch.
+        workers: loader processes; 0 loads in this one.
+        training: shuffle, drop the last incomplete batch, and augment (random crop and flip).
+        auto_augment: timm's policy, such as ``rand-m9-mstd0.5-inc1``; training only.
+        re_prob: probability of random erasing; training only.
+
+    Raises:
+        ValueError: the data set has fewer images than a training batch, or none.
+    """
+    needed = batch_size if training else 1
+    if len(dataset) < needed:
+        raise ValueError(f"the data has {len(dataset)} images, expected at least {needed} (--batch-size {batch_size})")
+    config = resolve_model_data_config(model)
+    return create_loader(
+        dataset,
+        input_size=config["input_size"],
+        batch_size=batch_size,
+        is_training=training,
+        auto_augment=auto_augment,
+        re_prob=re_prob,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        use_prefetcher=False,
+        device=torch.device("cpu"),
+    )
+
+
+def calibration_loader(
+    dataset: Dataset, model: VisionTransformer, *, batches: int, batch_size: int, workers: int, seed: int
+) -> DataLoader:
+    """``batches`` batches for scoring tokens: images at random, the same for the same seed, without augmentation."""
+    loader = make_loader(dataset, model, batch_size=batch_size, workers=workers)
+    if isinstance(dataset, IterableDataset):
+        return loader
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    chosen = Subset(dataset, order[: batches * batch_size].tolist())
+    return DataLoader(chosen, batch_size=batch_size, num_workers=workers)

@@ -1,0 +1,147 @@
+"""The whole path on real images that come with scikit-learn: train, score, plan, compress, fine-tune, compare."""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from .checkpoints import save_pretrained
+from .files import atomic_path, write_atomically
+from .measure import count_gmacs, throughput
+from .plan import CompressionPlan
+from .report import compare
+from .scoring import score_tokens
+from .training import Recipe, classification_task, distillation_task, evaluate, fit
+from .vision_transformer import compress
+from .visualize import plan_figure
+
+KEEP_RATE, PRUNE_RATE = 0.6, 0.1
+_BATCH = 32
+
+
+def run_demo(output: Path, *, seed: int = 0) -> dict:
+    """Train a small ViT on scikit-learn's digits, compress it, fine-tune it, compare both; a few minutes on a CPU.
+
+    Writes ``dense/`` and ``compressed/`` (for :func:`pm_models.load_pretrained`), ``plan.json``, ``plan.png`` and
+    ``results.json`` into ``output``, and prints a table.
+
+    Returns:
+        What stands in ``results.json``.
+    """
+    accelerator = Accelerator()
+    torch.manual_seed(seed)
+    train_set, test_set = _digits(seed)
+    generator = torch.Generator().manual_seed(seed)
+    train_loader = DataLoader(
+        train_set, _BATCH, shuffle=True, drop_last=True, generator=generator, collate_fn=_augmented_batch
+    )
+    test_loader = DataLoader(test_set, 256)
+
+    print(f"1/5  training a dense ViT on {len(train_set)} images of digits (scikit-learn)")
+    dense = _small_vit()
+    fit(
+        classification_task(dense, smoothing=0.1),
+        train_loader,
+        test_loader,
+        Recipe(epochs=36, lr=2e-3, warmup_epochs=3, seed=seed),
+        accelerator=accelerator,
+        name="dense",
+    )
+    print("2/5  scoring tokens by gradient-weighted attention")
+    calibration = DataLoader(train_set, 256)
+    scores = score_tokens(dense, calibration, batches=len(calibration))
+    plan = CompressionPlan.from_scores(
+        scores, dense.patch_embed.grid_size, KEEP_RATE, PRUNE_RATE, num_prefix_tokens=dense.num_prefix_tokens
+    )
+    print(f"3/5  planning: keep rate {KEEP_RATE}, prune rate {PRUNE_RATE}\n{plan}")
+    print("4/5  compressing, and fine-tuning with the dense model as teacher")
+    compressed = compress(dense, plan)
+    raw = evaluate(compressed, test_loader, accelerator=accelerator)
+    fit(
+        distillation_task(compressed, dense),
+        train_loader,
+        test_loader,
+        Recipe(epochs=18, lr=5e-4, warmup_epochs=1, seed=seed),
+        accelerator=accelerator,
+        name="fine-tune",
+    )
+    print("5/5  evaluating, and timing both alternately")
+    dense.eval()
+    compressed.eval()
+    speed = throughput({"dense": dense, "compressed": compressed}, test_set[:128][0].to(accelerator.device))
+    rows = {}
+    for name, model in (("dense", dense), ("compressed", compressed)):
+        rows[name] = {
+            "top1": evaluate(model, test_loader, accelerator=accelerator)["top1"],
+            "tokens": list(plan.tokens) if model is compressed else [plan.num_tokens] * plan.depth,
+            "gmacs": count_gmacs(model, (1, 32, 32)),
+            "images_per_second": speed[name],
+        }
+    results = {"before_fine_tuning_top1": raw["top1"], **rows}
+
+    output.mkdir(parents=True, exist_ok=True)
+    save_pretrained(dense, output / "dense")
+    save_pretrained(compressed, output / "compressed")
+    plan.save(output / "plan.json")
+    image = (test_set[0][0][0].numpy() + 1) / 2
+    with atomic_path(output / "plan.png") as path:
+        plan_figure(plan, image).savefig(path, format="png", dpi=150)
+    write_atomically(output / "results.json", json.dumps(results, indent=2).encode())
+    print(compare(rows))
+    print(f"before fine-tuning the compressed model had {raw['top1']:.2f}%")
+    print(f"plan, weights and picture: {output}/plan.png, plan.json, dense/, compressed/, results.json")
+    return results
+
+
+def _digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
+    """Handwritten digits (1, 32, 32) with values from -1 to 1, and their labels, to train and to test on."""
+    digits = load_digits()
+    train_images, test_images, train_labels, test_labels = (
+        torch.from_numpy(part)
+        for part in train_test_split(
+            digits.images, digits.target, test_size=0.2, random_state=seed, stratify=digits.target
+        )
+    )
+    return (
+        TensorDataset(_normalised(train_images), train_labels),
+        TensorDataset(_normalised(test_images), test_labels),
+    )
+
+
+def _normalised(images: Tensor) -> Tensor:
+    """Grey values (n, 8, 8) from 0 to 16 as (n, 1, 32, 32) from -1 to 1: a patch of 4 x 4 for each pixel."""
+    return F.interpolate((images / 8 - 1).float().unsqueeze(1), size=(32, 32), mode="bilinear")
+
+
+def _augmented_batch(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch, each image turned, scaled and shifted a little at random."""
+    images, labels = default_collate(samples)
+    angle, scale = (torch.rand(2, len(images)) - 0.5) * torch.tensor([[0.35], [0.2]])
+    shift = (torch.rand(len(images), 2, 1) - 0.5) * 0.4
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    transform = torch.cat([turn * (1 + scale).view(-1, 1, 1), shift], dim=2)
+    grid = F.affine_grid(transform, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False), labels
+
+
+def _small_vit() -> VisionTransformer:
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        mlp_ratio=2.0,
+        weight_init="jax",
+    )

@@ -1,0 +1,84 @@
+"""Pictures of a plan: which patches each block keeps, merges and prunes."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from .plan import CompressionPlan, StagePlan
+
+_KEPT, _MERGED, _PRUNED = "#2a9d8f", "#e9c46a", "#3d405b"
+
+
+def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figure:
+    """Draw one panel per stage: kept and merged patches tinted, segments outlined, pruned patches dark.
+
+    Args:
+        plan: what to draw.
+        image: (height, width) or (height, width, 3), values from 0 to 1, drawn below the patches.
+
+    Returns:
+        A matplotlib figure, not attached to any window.
+    """
+    stages = plan.stages
+    columns = min(max(len(stages), 1), 4)
+    rows = max(math.ceil(len(stages) / columns), 1)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * rows + 0.8), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in axes:
+        panel.set_axis_off()
+    for panel, stage in zip(axes, stages, strict=False):
+        _draw_stage(panel, plan, stage, image)
+    figure.legend(
+        handles=[
+            Patch(facecolor=_KEPT, label="kept"),
+            Patch(facecolor=_MERGED, label="merged into the kept patch of its outline"),
+            Patch(facecolor=_PRUNED, label="pruned (skips the block)"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
+    return figure
+
+
+def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.ndarray | None) -> None:
+    height, width = plan.grid
+    segments = np.array(stage.segments).reshape(height, width)
+    extent = (0, width, height, 0)
+    if image is not None:
+        panel.imshow(image, cmap="gray", vmin=0, vmax=1, extent=extent)
+    tint = np.zeros((height, width, 4))
+    opacity = 1.0 if image is None else 0.4
+    tint[segments >= 0] = _rgba(_MERGED, opacity)
+    for patch in _kept_patches(stage):
+        tint[divmod(patch, width)] = _rgba(_KEPT, opacity)
+    tint[segments < 0] = _rgba(_PRUNED, 1.0 if image is None else 0.85)
+    panel.imshow(tint, extent=extent, interpolation="nearest")
+    panel.add_collection(LineCollection(_outlines(segments), colors="white", linewidths=0.8))
+    blocks = f"block {stage.first}" if stage.first == stage.last else f"blocks {stage.first} to {stage.last}"
+    panel.set_title(f"{blocks}: {plan.tokens[stage.first]} of {plan.num_tokens} tokens", fontsize=8)
+
+
+def _kept_patches(stage: StagePlan) -> list[int]:
+    """The patch of each segment with the largest weight."""
+    best: dict[int, int] = {}
+    for patch, segment in enumerate(stage.segments):
+        if segment >= 0 and (segment not in best or stage.weights[patch] > stage.weights[best[segment]]):
+            best[segment] = patch
+    return list(best.values())
+
+
+def _outlines(segments: np.ndarray) -> list[list[tuple[int, int]]]:
+    """The edges between patches of different segments, as ((x, y), (x, y))."""
+    lines = [[(x + 1, y), (x + 1, y + 1)] for y, x in np.argwhere(segments[:, :-1] != segments[:, 1:])]
+    return lines + [[(x, y + 1), (x + 1, y + 1)] for y, x in np.argwhere(segments[:-1] != segments[1:])]
+
+
+def _rgba(colour: str, opacity: float) -> tuple[float, float, float, float]:
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return red, green, blue, opacity
