@@ -157,6 +157,8 @@ class CompressionPlan:
                 f"got {layer_decay}"
             )
         bounds = [(block, block) for block in range(depth)] if stages is None else [tuple(stage) for stage in stages]
+        if not bounds:
+            raise ValueError("stages must name at least one (first, last) pair of blocks, got none")
         _check_stage_bounds(bounds, depth)
 
         first_blocks = torch.tensor([first for first, _ in bounds], dtype=torch.long)

@@ -47,7 +47,7 @@ class PMVisionTransformer(VisionTransformer):
         self.train_matrices = train_matrices
         self.size_bias = size_bias
         self._execution = "folded"
-        self._folded: dict[tuple, tuple[tuple[int, ...], Folded]] = {}
+        self._folded: dict[tuple, tuple[tuple[tuple[int, int], ...], Folded]] = {}
         for index, block in enumerate(self.blocks):
             sizes = plan.token_sizes(index) if size_bias and plan.stage_of(index) is not None else None
             for name, attention in fusable_attentions(block).items():
@@ -260,10 +260,10 @@ class PMVisionTransformer(VisionTransformer):
     def _fold_anew(self, readout: str) -> Folded:
         return fold(self._runs, self.plan.num_tokens, self.num_prefix_tokens, readout)
 
-    def _versions(self) -> tuple[int, ...]:
-        """Changes with every change of a matrix in place."""
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Changes with every change of a matrix, in place or by another tensor in its place."""
         return tuple(
-            0 if tensor.is_inference() else tensor._version
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
             for matrices in self.stages.values()
             for tensor in (matrices.merge, matrices.reconstruct)
         )

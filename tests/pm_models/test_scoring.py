@@ -1,0 +1,143 @@
+"""Scores against attention matrices and their gradients, held in memory; and that the model comes back as it was."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import images_for, plan_for, small_vit
+from timm.layers import Attention
+
+from pm_models import compress, score_tokens
+
+
+def scores_with_hooks(model, batches, loss_fn):
+    """The paper's scoring: eager attention whose matrices are kept, with their gradients."""
+    model = copy.deepcopy(model)
+    kept = []
+
+    def keep(_, __, weights):
+        weights.retain_grad()
+        kept.append(weights)
+
+    for module in model.blocks.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = False
+            module.attn_drop.register_forward_hook(keep)
+    total = 0
+    for images, targets in batches:
+        kept.clear()
+        loss_fn(model(images), targets).backward()
+        per_block = [kept[index :: len(model.blocks)] for index in range(len(model.blocks))]
+        if len(kept) > len(model.blocks):  # several attentions in a block, one after the other
+            count = len(kept) // len(model.blocks)
+            per_block = [kept[index * count : (index + 1) * count] for index in range(len(model.blocks))]
+        total = total + torch.stack(
+            [
+                sum((weights * weights.grad).sum(dim=(0, 1, 2)) for weights in matrices).abs()
+                / (weights_count(matrices[0]))
+                for matrices in per_block
+            ]
+        )
+    return total[:, model.num_prefix_tokens :].detach()
+
+
+def weights_count(weights):
+    batch, heads, tokens, _ = weights.shape
+    return batch * heads * tokens
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"reg_tokens": 3, "qk_norm": True, "init_values": 0.1},
+        {"class_token": False, "global_pool": "avg"},
+        {"scale_attn_norm": True},
+        {"block_fn": timm.models.vision_transformer.ResPostBlock},
+        {"block_fn": timm.models.vision_transformer.ParallelThingsBlock},
+    ],
+    ids=["plain", "registers", "average", "scale_norm", "res_post", "parallel"],
+)
+def test_scores_are_gradient_weighted_attention(arguments):
+    model = small_vit(**arguments).double()
+    batches = [(images_for(model, batch), torch.randint(0, 7, (batch,))) for batch in (3, 2)]
+    scores = score_tokens(model, batches, batches=2)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(
+        scores.double(), scores_with_hooks(model, batches, F.cross_entropy), rtol=1e-5, atol=1e-12
+    )
+
+
+def test_another_loss():
+    model = small_vit().double()
+    batches = [(images_for(model), torch.randn(3, 7, dtype=torch.float64))]
+    scores = score_tokens(model, batches, batches=1, loss_fn=F.mse_loss)
+    torch.testing.assert_close(scores.double(), scores_with_hooks(model, batches, F.mse_loss), rtol=1e-5, atol=1e-12)
+
+
+def test_the_model_comes_back_as_it_was():
+    model = small_vit().train()
+    model.blocks[2].eval()
+    model.norm.weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    before = copy.deepcopy(model.state_dict())
+    # Under no_grad and in the middle of an error, too.
+    with torch.no_grad():
+        score_tokens(model, [(images_for(model), torch.zeros(3).long())], batches=1)
+    with pytest.raises(ZeroDivisionError):
+        score_tokens(model, [(images_for(model), 0 * torch.zeros(3).long())], batches=1, loss_fn=lambda *_: 1 / 0)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert [module.training for module in modules] == modes
+    assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["norm.weight"]
+    assert [name for name, value in model.named_parameters() if value.grad is not None] == ["head.weight"]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(not module._non_persistent_buffers_set for module in modules if isinstance(module, Attention))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = small_vit()
+    batches = [(images_for(model), torch.randint(0, 7, (3,)))]
+    expected = score_tokens(model, batches, batches=1)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(score_tokens(model, batches, batches=1), expected)
+
+
+def test_a_short_loader_is_used_whole_with_a_warning():
+    model = small_vit()
+    batches = [(images_for(model), torch.randint(0, 7, (3,)))]
+    with pytest.warns(UserWarning, match="gave 1 of the 5 batches"):
+        scores = score_tokens(model, batches, batches=5)
+    torch.testing.assert_close(scores, score_tokens(model, batches, batches=1))
+
+
+def test_an_endless_loader_is_read_no_further():
+    model = small_vit()
+
+    def endless():
+        for count in range(3):
+            assert count < 2
+            yield images_for(model), torch.randint(0, 7, (3,))
+
+    score_tokens(model, endless(), batches=2)
+
+
+def test_errors():
+    model = small_vit()
+    with pytest.raises(ValueError, match="loader is empty: expected at least one batch"):
+        score_tokens(model, [], batches=1)
+    with pytest.raises(ValueError, match="batches must be at least 1, got 0"):
+        score_tokens(model, [], batches=0)
+    with pytest.raises(TypeError, match="must be a timm VisionTransformer .*, got ResNet"):
+        score_tokens(timm.create_model("resnet10t"), [], batches=1)
+    with pytest.raises(TypeError, match="compressed already"):
+        score_tokens(compress(model, plan_for(model)), [], batches=1)
+    fused_mlp = small_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock)
+    with pytest.raises(ValueError, match="block 0 is a ParallelScalingBlock without timm's Attention"):
+        score_tokens(fused_mlp, [], batches=1)
+    dropping = small_vit(attn_drop_rate=0.1)
+    with pytest.raises(ValueError, match="attention dropout must be 0 .*, got 0.1"):
+        score_tokens(dropping, [(images_for(dropping), torch.zeros(3).long())], batches=1)
