@@ -189,11 +189,11 @@ def _build(folder: Path, uncompressed: bool = False) -> VisionTransformer:
             return model
         plan = CompressionPlan.from_dict(compression["plan"])
         options = {name: compression[name] for name in ("train_matrices", "size_bias")}
+        # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
+        with torch.device("cpu"):
+            return compress(model, plan, **options)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
-    # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
-    with torch.device("cpu"):
-        return compress(model, plan, **options)
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike) -> None:

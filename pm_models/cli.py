@@ -7,24 +7,26 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.utils import ParseKwargs
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .checkpoints import CONFIG_NAME, load_pretrained, load_state_file, save_pretrained
-from .data import calibration_loader, check_classes, class_names, make_loader, open_dataset
+from .data import calibration_loader, check_classes, class_names, input_size, make_loader, open_dataset
 from .files import atomic_path, write_atomically
 from .measure import count_gmacs, throughput
 from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
-from .training import Recipe, classification_task, distillation_task, evaluate, fit
+from .training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
 from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
 from .visualize import plan_figure
 
@@ -56,8 +58,8 @@ def _demo(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     accelerator = _accelerator(options)
     _check_output(options.output)
-    train_set, eval_set = _datasets(options)
-    model = _dense_model(options, train_set)
+    model, (train_set, eval_set) = _model_and_data(options, options.train_split, options.val_split)
+    check_vision_transformer(model)
     _fit_and_save(
         options, accelerator, model, classification_task(model, smoothing=options.smoothing), train_set, eval_set
     )
@@ -66,11 +68,9 @@ def _train(options: argparse.Namespace) -> None:
 def _compress(options: argparse.Namespace) -> None:
     accelerator = _accelerator(options)
     _check_output(options.output)
-    train_set = open_dataset(
-        options.data_dir, options.train_split, dataset=options.dataset, in_chans=options.in_chans or 3
-    )
-    model = _dense_model(options, train_set).to(accelerator.device)
-    check_classes(train_set, model)
+    model, (train_set,) = _model_and_data(options, options.train_split)
+    check_vision_transformer(model)
+    model.to(accelerator.device)
     loader = calibration_loader(
         train_set,
         model,
@@ -79,26 +79,27 @@ def _compress(options: argparse.Namespace) -> None:
         workers=options.workers,
         seed=options.seed,
     )
-    batches = min(options.score_batches, len(loader))
-    with accelerator.autocast():
-        scores = score_tokens(model, tqdm(loader, "score", leave=False, total=batches), batches=batches)
-    plan = CompressionPlan.from_scores(
-        scores,
-        tuple(model.patch_embed.grid_size),
-        options.keep_rate,
-        options.prune_rate,
-        options.layer_decay,
-        model.num_prefix_tokens,
+    make_plan = partial(
+        CompressionPlan.from_scores,
+        grid=tuple(model.patch_embed.grid_size),
+        keep_rate=options.keep_rate,
+        prune_rate=options.prune_rate,
+        layer_decay=options.layer_decay,
+        num_prefix_tokens=model.num_prefix_tokens,
         allocation=options.allocation,
         row_weights=options.row_weights,
         stages=options.stages,
     )
+    make_plan(torch.ones(len(model.blocks), model.patch_embed.num_patches))  # wrong rates are told before the scoring
+    batches = min(options.score_batches, len(loader))
+    with accelerator.autocast():
+        plan = make_plan(score_tokens(model, tqdm(loader, "score", leave=False, total=batches), batches=batches))
     train_matrices = None if options.train_matrices == "none" else options.train_matrices
     compressed = compress(model, plan, train_matrices=train_matrices, size_bias=options.size_bias)
     save_pretrained(compressed, options.output, model_args=options.model_kwargs)
     plan.save(options.output / "plan.json")
     _save_picture(plan, options.output / "plan.png")
-    size = _input_size(model)
+    size = input_size(model)
     before, after = count_gmacs(model, size), count_gmacs(compressed, size)
     print(plan)
     print(f"GMACs per image: {before:.4g} before, {after:.4g} after ({after / before:.1%})")
@@ -111,7 +112,7 @@ def _finetune(options: argparse.Namespace) -> None:
     model = load_pretrained(options.model)
     if not isinstance(model, PMVisionTransformer):
         raise ValueError(f"{options.model} holds an uncompressed model; run pm-vit compress first, or pm-vit train")
-    train_set, eval_set = _datasets(options, in_chans=model.in_chans)
+    train_set, eval_set = _datasets(options, (options.train_split, options.val_split), model.in_chans)
     check_classes(train_set, model)
     teacher = _teacher(options, model)
     task = distillation_task(model, teacher, alpha=options.distill_alpha, temperature=options.distill_temperature)
@@ -121,14 +122,11 @@ def _finetune(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     accelerator = _accelerator(options)
-    eval_set = open_dataset(
-        options.data_dir, options.val_split, dataset=options.dataset, in_chans=options.in_chans or 3
-    )
-    model = _model(options, eval_set).to(accelerator.device).eval()
-    check_classes(eval_set, model)
+    model, (eval_set,) = _model_and_data(options, options.val_split)
+    model.to(accelerator.device).eval()
     loader = make_loader(eval_set, model, batch_size=options.batch_size, workers=options.workers)
     result = evaluate(model, accelerator.prepare(loader), accelerator=accelerator)
-    size = _input_size(model)
+    size = input_size(model)
     images = torch.randn(options.batch_size, *size, device=accelerator.device)
     with accelerator.autocast():
         speed = throughput({"model": model}, images, rounds=5)["model"]
@@ -202,7 +200,7 @@ def _print_comparison(
     models: dict[str, VisionTransformer],
     eval_loader: torch.utils.data.DataLoader,
 ) -> None:
-    size = _input_size(next(iter(models.values())))
+    size = input_size(next(iter(models.values())))
     images = torch.randn(options.batch_size, *size, device=accelerator.device)
     with accelerator.autocast():
         speed = throughput(models, images, rounds=5)
@@ -223,30 +221,36 @@ def _dense_tokens(model: VisionTransformer) -> list[int]:
 
 
 def _accelerator(options: argparse.Namespace) -> Accelerator:
+    set_seed(options.seed)  # of a new model's weights
     precision = {"bfloat16": "bf16", "float16": "fp16"}[options.amp_dtype] if options.amp else "no"
-    return Accelerator(mixed_precision=precision, cpu=options.device == "cpu")
+    return make_accelerator(mixed_precision=precision, cpu=options.device == "cpu")
 
 
-def _datasets(options: argparse.Namespace, in_chans: int | None = None) -> tuple[Dataset, Dataset]:
-    in_chans = in_chans or options.in_chans or 3
-    return tuple(
-        open_dataset(options.data_dir, split, dataset=options.dataset, in_chans=in_chans)
-        for split in (options.train_split, options.val_split)
-    )
+def _datasets(options: argparse.Namespace, splits: Sequence[str], in_chans: int) -> list[Dataset]:
+    return [open_dataset(options.data_dir, split, dataset=options.dataset, in_chans=in_chans) for split in splits]
 
 
-def _model(options: argparse.Namespace, dataset: Dataset) -> VisionTransformer:
-    """The model that ``--model`` names: a folder that was saved, or one of timm's names."""
-    folder = Path(options.model)
-    if (folder / CONFIG_NAME).is_file():
-        return load_pretrained(folder)
-    if not timm.is_model(options.model):
-        similar = timm.list_models(f"*{options.model}*")[:3]
-        hint = f"; did you mean {', '.join(similar)}?" if similar else ""
-        raise ValueError(f"--model {options.model} is neither a saved folder nor a timm model{hint}")
-    names = class_names(dataset)
+def _model_and_data(options: argparse.Namespace, *splits: str) -> tuple[VisionTransformer, list[Dataset]]:
+    """The model that ``--model`` names, a saved folder or one of timm's names, and the data's splits."""
+    if (Path(options.model) / CONFIG_NAME).is_file():
+        model = load_pretrained(options.model)
+        datasets = _datasets(options, splits, model.in_chans)
+    else:
+        if not timm.is_model(options.model):
+            similar = timm.list_models(f"*{options.model}*")[:3]
+            hint = f"; did you mean {', '.join(similar)}?" if similar else ""
+            raise ValueError(f"--model {options.model} is neither a saved folder nor a timm model{hint}")
+        datasets = _datasets(options, splits, options.in_chans or 3)
+        model = _named_model(options, class_names(datasets[0]))
+    for dataset in datasets:
+        check_classes(dataset, model)
+    return model, datasets
+
+
+def _named_model(options: argparse.Namespace, classes: list[str] | None) -> VisionTransformer:
+    """The timm model that ``--model`` names, with the weights of ``--checkpoint``."""
     arguments = {
-        "num_classes": options.num_classes or (len(names) if names else None),
+        "num_classes": options.num_classes or (len(classes) if classes else None),
         "img_size": options.img_size,
         "in_chans": options.in_chans,
         **options.model_kwargs,
@@ -256,19 +260,13 @@ def _model(options: argparse.Namespace, dataset: Dataset) -> VisionTransformer:
         pretrained=options.pretrained,
         **{name: value for name, value in arguments.items() if value is not None},
     )
+    check_vision_transformer(model)
     if options.checkpoint is not None:
-        check_vision_transformer(model)
         weights = load_state_file(options.checkpoint)
         try:
             model.load_state_dict(checkpoint_filter_fn(weights, model))
         except (RuntimeError, KeyError, AttributeError) as error:
             raise ValueError(f"{options.checkpoint} does not hold the weights of {options.model}: {error}") from error
-    return model
-
-
-def _dense_model(options: argparse.Namespace, dataset: Dataset) -> VisionTransformer:
-    model = _model(options, dataset)
-    check_vision_transformer(model)
     return model
 
 
@@ -299,10 +297,6 @@ def _check_output(output: Path) -> None:
 def _save_picture(plan: CompressionPlan, path: Path) -> None:
     with atomic_path(path) as temporary:
         plan_figure(plan).savefig(temporary, format="png", dpi=150)
-
-
-def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
-    return (model.in_chans, *model.patch_embed.img_size)
 
 
 def _stages(text: str) -> list[tuple[int, int]]:

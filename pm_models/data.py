@@ -96,7 +96,7 @@ def make_loader(
     needed = batch_size if training else 1
     if len(dataset) < needed:
         raise ValueError(f"the data has {len(dataset)} images, expected at least {needed} (--batch-size {batch_size})")
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model, {"input_size": input_size(model)})
     return create_loader(
         dataset,
         input_size=config["input_size"],
@@ -105,8 +105,8 @@ def make_loader(
         auto_augment=auto_augment,
         re_prob=re_prob,
         interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
+        mean=_for_channels(config["mean"], model.in_chans),
+        std=_for_channels(config["std"], model.in_chans),
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
         num_workers=workers,
@@ -114,6 +114,16 @@ def make_loader(
         use_prefetcher=False,
         device=torch.device("cpu"),
     )
+
+
+def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Normalisation of as many channels as the images have; the average where the model was made for others."""
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def input_size(model: VisionTransformer) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the model takes."""
+    return (model.in_chans, *model.patch_embed.img_size)
 
 
 def calibration_loader(

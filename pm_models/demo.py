@@ -6,7 +6,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.models.vision_transformer import VisionTransformer
@@ -19,7 +18,7 @@ from .measure import count_gmacs, throughput
 from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
-from .training import Recipe, classification_task, distillation_task, evaluate, fit
+from .training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
 from .vision_transformer import compress
 from .visualize import plan_figure
 
@@ -36,13 +35,10 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
     Returns:
         What stands in ``results.json``.
     """
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     torch.manual_seed(seed)
     train_set, test_set = _digits(seed)
-    generator = torch.Generator().manual_seed(seed)
-    train_loader = DataLoader(
-        train_set, _BATCH, shuffle=True, drop_last=True, generator=generator, collate_fn=_augmented_batch
-    )
+    train_loader = DataLoader(train_set, _BATCH, shuffle=True, drop_last=True, collate_fn=_augmented_batch)
     test_loader = DataLoader(test_set, 256)
 
     print(f"1/5  training a dense ViT on {len(train_set)} images of digits (scikit-learn)")

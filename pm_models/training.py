@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
@@ -69,6 +70,20 @@ class EpochResult:
     top5: float
 
 
+def make_accelerator(*, mixed_precision: str = "no", cpu: bool = False) -> Accelerator:
+    """accelerate's engine, shuffling by seed and epoch alone, so that a continued run sees the same batches.
+
+    Args:
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        cpu: stay on the CPU where there is a GPU.
+    """
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=cpu,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
+
+
 def classification_task(model: nn.Module, *, smoothing: float = 0.0) -> TrainingTask:
     """Cross-entropy on the targets, with label smoothing."""
     return ClassificationTask(model, criterion=nn.CrossEntropyLoss(label_smoothing=smoothing), verbose=False)
@@ -110,7 +125,7 @@ def fit(
         train_loader: yields (images (B, C, H, W), targets (B,)).
         eval_loader: likewise.
         recipe: how to train.
-        accelerator: device, precision and processes.
+        accelerator: from :func:`make_accelerator`.
         state_dir: where the whole state is kept after every epoch, replaced as one; a state found there is
             continued from. ``None`` keeps none.
         name: shown before the progress.
@@ -124,7 +139,8 @@ def fit(
     """
     if len(train_loader) == 0:
         raise ValueError("train_loader is empty: expected at least one batch of (images, targets)")
-    torch.manual_seed(recipe.seed)
+    set_seed(recipe.seed)
+    accelerator.free_memory()  # what an earlier run prepared is not part of this run's state
     student = task.trainable_module
     optimizer = create_optimizer_v2(student, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
     model, optimizer, train_loader, eval_loader = accelerator.prepare(student, optimizer, train_loader, eval_loader)

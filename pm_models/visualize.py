@@ -27,7 +27,7 @@ def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figur
     columns = min(max(len(stages), 1), 4)
     rows = max(math.ceil(len(stages) / columns), 1)
     figure = Figure(figsize=(2.6 * columns, 2.8 * rows + 0.8), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in axes:
         panel.set_axis_off()
     for panel, stage in zip(axes, stages, strict=False):

@@ -1,0 +1,326 @@
+"""The command line on small folders of images: the whole path, and every mistake's message."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pm_models import CompressionPlan, PMVisionTransformer, load_pretrained, save_pretrained
+from pm_models.cli import main
+
+MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "32"]
+SHAPE = ["--model-kwargs", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2"]
+COMMON = ["-j", "0", "-b", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Red, green and blue noise: 8 training and 4 validation images of each."""
+    root = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 60, (40, 36, 3), dtype=np.uint8)
+                pixels[..., channel] += 180
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def dense(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("dense") / "model"
+    assert (
+        main(
+            [
+                "train",
+                str(data),
+                *MODEL,
+                *SHAPE,
+                *COMMON,
+                "--output",
+                str(output),
+                "--epochs",
+                "6",
+                "--warmup-epochs",
+                "1",
+                "--lr",
+                "2e-3",
+            ]
+        )
+        == 0
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def compressed(data, dense, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compressed") / "model"
+    assert (
+        main(
+            [
+                "compress",
+                str(data),
+                "--model",
+                str(dense),
+                *COMMON,
+                "--output",
+                str(output),
+                "--keep-rate",
+                "0.5",
+                "--prune-rate",
+                "0.2",
+                "--score-batches",
+                "3",
+            ]
+        )
+        == 0
+    )
+    return output
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_train_writes_a_model_and_its_history(dense):
+    assert {path.name for path in dense.iterdir()} == {"config.json", "model.safetensors", "training.json", "state"}
+    history = json.loads((dense / "training.json").read_text())
+    assert history["recipe"]["lr"] == 2e-3
+    assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2, 3, 4, 5, 6]
+    assert load_pretrained(dense).num_classes == 3
+
+
+def test_compress_writes_plan_and_picture(capsys, compressed):
+    assert {path.name for path in compressed.iterdir()} == {"config.json", "model.safetensors", "plan.json", "plan.png"}
+    model = load_pretrained(compressed)
+    assert isinstance(model, PMVisionTransformer)
+    assert CompressionPlan.load(compressed / "plan.json") == model.plan
+
+
+def test_compress_options_reach_the_plan_and_the_model(capsys, data, dense, tmp_path):
+    status, out, _ = run(
+        capsys, "compress", data, "--model", dense, *COMMON, "--output", tmp_path / "m", "--keep-rate", "0.5",
+        "--prune-rate", "0.0", "--stages", "0,1-2", "--allocation", "layer", "--row-weights", "average",
+        "--train-matrices", "none", "--size-bias", "--score-batches", "2", "--amp",
+    )  # fmt: skip
+    assert status == 0
+    model = load_pretrained(tmp_path / "m")
+    assert (model.train_matrices, model.size_bias) == (None, True)
+    assert [(stage.first, stage.last) for stage in model.plan.stages] == [(0, 0), (1, 2)]
+    assert model.plan.tokens == (9, 9, 9)
+    torch.testing.assert_close(model.plan.merge_matrix(1).sum(dim=1), torch.ones(9))
+    assert "1..2          9       8       8       0" in out
+    assert re.search(r"GMACs per image: [\d.e-]+ before, [\d.e-]+ after \(\d+\.\d%\)", out)
+
+
+def test_finetune_and_eval(capsys, data, compressed, tmp_path):
+    tuned = tmp_path / "tuned"
+    status, out, err = run(capsys, "finetune", data, "--model", compressed, *COMMON, "--output", tuned, "--epochs", "2")
+    assert status == 0, err
+    assert re.search(r"^dense +\d", out, re.MULTILINE)
+    assert re.search(r"^finetune +\d", out, re.MULTILINE)
+    before, after = load_pretrained(compressed), load_pretrained(tuned)
+    assert after.plan == before.plan
+    assert not torch.equal(after.stages["0"].merge, before.stages["0"].merge)
+
+    results = tmp_path / "results.json"
+    status, out, err = run(capsys, "eval", data, "--model", tuned, *COMMON, "--results-file", results)
+    assert status == 0, err
+    values = json.loads(results.read_text())
+    assert values["images"] == 12
+    assert values["top1"] == json.loads((tuned / "training.json").read_text())["epochs"][-1]["top1"]
+    assert values["gmacs"] > 0
+    assert values["param_count"] == sum(parameter.numel() for parameter in after.parameters()) / 1e6
+    assert f"top-1 {values['top1']:.2f}%" in out
+
+    status, _, err = run(capsys, "finetune", data, "--model", tuned, *COMMON, "--output", tmp_path / "again")
+    assert status == 2
+    assert "is fine-tuned already" in err
+    assert "--teacher" in err
+
+
+def test_a_named_model_with_a_checkpoint(capsys, data, dense, tmp_path):
+    weights = load_pretrained(dense).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    torch.save({"state_dict": weights}, tmp_path / "weights.pth")
+    outputs = []
+    for source in (
+        ["--model", dense],
+        *([*MODEL, *SHAPE, "--checkpoint", tmp_path / f"weights.{kind}"] for kind in ("safetensors", "pth")),
+    ):
+        status, out, err = run(capsys, "eval", data, *source, *COMMON)
+        assert status == 0, err
+        outputs.append(out.split(";")[0])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_grey_images(capsys, data, tmp_path):
+    arguments = [
+        "train",
+        data,
+        *MODEL,
+        *SHAPE,
+        *COMMON,
+        "--in-chans",
+        "1",
+        "--output",
+        tmp_path / "m",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+    ]
+    status, _, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert load_pretrained(tmp_path / "m").in_chans == 1
+    status, _, err = run(
+        capsys,
+        "compress",
+        data,
+        "--model",
+        tmp_path / "m",
+        *COMMON,
+        "--output",
+        tmp_path / "c",
+        "--keep-rate",
+        "0.6",
+        "--prune-rate",
+        "0.1",
+    )
+    assert status == 0, err
+
+
+EVAL = ["eval", "{data}"]
+TRAIN = ["train", "{data}", *MODEL, *SHAPE, "--output", "{tmp}/out"]
+COMPRESS = ["compress", "{data}", "--output", "{tmp}/out", "--keep-rate", "0.6", "--prune-rate", "0.1"]
+FINETUNE = ["finetune", "{data}", "--output", "{tmp}/out", "--model"]
+MISTAKES = {
+    "no data folder": (
+        ["eval", "{tmp}/nowhere", "--model", "{dense}"],
+        "no data folder at {tmp}/nowhere",
+    ),
+    "no split": (
+        ["eval", "{tmp}", "--model", "{dense}"],
+        "{tmp} has no folder validation or val or .*one folder of images",
+    ),
+    "no images": (
+        ["eval", "{empty}", "--model", "{dense}"],
+        "Found 0 images in subfolders .*expected <class>/<image>",
+    ),
+    "unknown model": (
+        [*EVAL, "--model", "deit_smal"],
+        "deit_smal is neither a saved folder nor a timm model; did you mean deit_small",
+    ),
+    "no such checkpoint": (
+        [*EVAL, *MODEL, *SHAPE, "--checkpoint", "{tmp}/x.pth"],
+        "no checkpoint file at {tmp}/x.pth",
+    ),
+    "truncated checkpoint": (
+        [*EVAL, *MODEL, *SHAPE, "--checkpoint", "{tmp}/cut.safetensors"],
+        "cut.safetensors is truncated",
+    ),
+    "foreign checkpoint": (
+        [*EVAL, *MODEL, *SHAPE, "--checkpoint", "{tmp}/foreign.pth"],
+        "foreign.pth does not hold the weights of vit_tiny_patch16_224",
+    ),
+    "not a ViT": ([*COMPRESS, "--model", "resnet10t"], "must be a timm VisionTransformer .*got ResNet"),
+    "rates": ([*COMPRESS, "--model", "{dense}", "--keep-rate", "0.95"], r"keep_rate \+ prune_rate must be at most 1"),
+    "stages": ([*COMPRESS, "--model", "{dense}", "--stages", "0,7"], "stages must be"),
+    "compressed already": ([*COMPRESS, "--model", "{compressed}"], "model is compressed already"),
+    "too few classes": (
+        [*COMPRESS, *MODEL, *SHAPE, "--num-classes", "2"],
+        "the data has 3 classes, but the model tells 2 apart",
+    ),
+    "uncompressed": ([*FINETUNE, "{dense}"], "holds an uncompressed model; run pm-vit compress first"),
+    "not a folder": ([*FINETUNE, "{tmp}/nowhere"], "is no saved model: expected config.json and model.safetensors"),
+    "finished output": (
+        [*FINETUNE, "{compressed}", "--output", "{dense}"],
+        "holds a finished model; choose another --output",
+    ),
+    "output is a file": ([*TRAIN, "--output", "{tmp}/foreign.pth"], "foreign.pth is a file, expected a folder"),
+    "batch above data": ([*TRAIN, "-b", "500"], "the data has 24 images, expected at least 500"),
+    "recipe": ([*TRAIN, "--epochs", "2"], "warmup_epochs must be at least 0 and below epochs = 2, got 5"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_leave_nothing(capsys, data, dense, compressed, tmp_path, mistake):
+    (tmp_path / "cut.safetensors").write_bytes((dense / "model.safetensors").read_bytes()[:500])
+    torch.save({"weight": torch.ones(3)}, tmp_path / "foreign.pth")
+    empty = tmp_path / "empty"
+    (empty / "val" / "cats").mkdir(parents=True)
+    names = {"tmp": tmp_path, "data": data, "dense": dense, "compressed": compressed, "empty": empty}
+    arguments, message = MISTAKES[mistake]
+    first, *rest = (argument.format(**names) for argument in arguments)
+    status, _, err = run(capsys, first, *COMMON, *rest)
+    assert status == 2
+    assert err.startswith(f"pm-vit {arguments[0]}: error: ")
+    assert re.search(message.format(**names), err), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compres"], "invalid choice: 'compres'"),
+        (["compress", "data", "--model", "x", "--output", "y"], "required: --keep-rate, --prune-rate"),
+        (["eval", "data", "--model", "x", "-b", "0"], "must be at least 1, got 0"),
+        (["compress", "d", "--model", "x", "--keep-rate", ".6", "--prune-rate", "0", "--stages", "a-b"],
+         "expected blocks such as 0-2,3-5,6, got 'a-b'"),
+    ],
+)  # fmt: skip
+def test_usage_errors(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "compress", "finetune", "eval"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"] if command else ["--help"])
+    assert stopped.value.code == 0
+    assert "usage: pm-vit" in capsys.readouterr().out
+
+
+def test_a_stopped_run_continues(capsys, data, tmp_path, monkeypatch):
+    arguments = ["train", data, *MODEL, *SHAPE, *COMMON, "--epochs", "3", "--warmup-epochs", "0"]
+    assert run(capsys, *arguments, "--output", tmp_path / "whole")[0] == 0
+    import pm_models.training
+
+    save, saved = pm_models.training._save_state, []
+
+    def interrupted(*values):
+        save(*values)
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pm_models.training, "_save_state", interrupted)
+        status, _, err = run(capsys, *arguments, "--output", tmp_path / "stopped")
+    assert status == 130
+    assert "interrupted" in err
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    status, out, err = run(capsys, *arguments, "--output", tmp_path / "stopped")
+    assert status == 0, err
+    assert "continuing after epoch 2 of 3" in out
+    whole, continued = (load_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+def test_saved_model_of_another_kind_is_evaluated(capsys, data, dense, tmp_path):
+    model = load_pretrained(dense).to(torch.bfloat16).float()
+    save_pretrained(model, tmp_path / "copy")
+    assert run(capsys, "eval", data, "--model", tmp_path / "copy", *COMMON)[0] == 0

@@ -1,0 +1,43 @@
+"""Counting multiply-accumulates and taking turns."""
+
+import timm
+import torch
+from helpers import images_for, plan_for, small_vit
+
+from pm_models import compress
+from pm_models.measure import alternate, count_gmacs, throughput
+
+
+def test_gmacs_of_deit_small_are_the_published_ones():
+    model = timm.create_model("deit_small_patch16_224")
+    tokens, width, patches = 197, 384, 196
+    block = tokens * width * width * 12 + 2 * tokens * tokens * width
+    expected = 12 * block + patches * width * 3 * 256 + width * 1000
+    assert count_gmacs(model, (3, 224, 224)) == expected / 1e9
+    assert round(expected / 1e9, 1) == 4.6
+    assert model.training
+
+
+def test_gmacs_of_a_compressed_model():
+    """Blocks by their own tokens, and every transition."""
+    model = small_vit(depth=3)
+    compressed = compress(model, plan_for(model, keep_rate=0.4, prune_rate=0.0)).eval()
+    folded = compressed._fold("prefix", torch.float32, torch.device("cpu"))
+    mixes = sum(matrix.numel() * 32 for matrix in [*folded.transitions, folded.readout])
+    blocks = sum(tokens * 32 * 32 * 12 + 2 * tokens * tokens * 32 for tokens in compressed.plan.tokens)
+    expected = blocks + mixes + 35 * 32 * 3 * 16 + 32 * 7
+    assert count_gmacs(compressed, (3, 28, 20)) == expected / 1e9
+
+
+def test_alternation_takes_turns():
+    calls = []
+    seconds = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, synchronize=False)
+    assert "".join(calls) == "ab" * 5
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_throughput_names_every_model():
+    model = small_vit()
+    speeds = throughput({"dense": model, "again": model}, images_for(model, 4), rounds=2)
+    assert speeds.keys() == {"dense", "again"}
+    assert all(speed > 0 for speed in speeds.values())
