@@ -3,6 +3,7 @@
 from . import reference
 from .attention import fused_merge_attention
 from .backend import backend
+from .sparse import SparseRows
 from .token_mix import token_mix, token_mix_layer_norm
 
-__all__ = ["backend", "fused_merge_attention", "reference", "token_mix", "token_mix_layer_norm"]
+__all__ = ["SparseRows", "backend", "fused_merge_attention", "reference", "token_mix", "token_mix_layer_norm"]

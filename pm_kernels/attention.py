@@ -27,11 +27,11 @@ def fused_merge_attention(
 
     Args:
         q, k, v: (B, H, N, d), one floating dtype, any strides with a contiguous last dimension (views of a packed
-            qkv projection are not copied).
+            qkv projection are not copied). Without ``merge``, q may have another number of tokens than k and v.
         merge: (C, N), the merge matrix: the op attends over ``merge @ q``, ``merge @ k``, ``merge @ v``.
             ``None`` merges nothing.
         gate: broadcastable to (B, H, keys), multiplies the columns of the attention matrix after the softmax.
-            ``keys`` is C with ``merge`` and N without.
+            ``keys`` is C with ``merge`` and the tokens of k without.
         key_bias: broadcastable to (B, H, keys), added to the logits before the softmax; the logarithm of the
             number of tokens that each key stands for gives proportional attention.
         scale: factor on ``q k^T``; ``None`` is ``d ** -0.5``.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .sparse import SparseRows
+
 
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, merge: Tensor | None, gate: Tensor | None, key_bias: Tensor | None
@@ -11,9 +13,11 @@ def check_attention(
     _check_floating(q=q, k=k, v=v, merge=merge, gate=gate, key_bias=key_bias)
     if q.dim() != 4:
         raise ValueError(f"q must have shape (B, H, N, d), got {_shape(q)}")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape:
-            raise ValueError(f"{name} must have the shape of q, {_shape(q)}, got {_shape(tensor)}")
+    if k.dim() != 4 or (merge is not None and k.shape != q.shape) or _but_tokens(k) != _but_tokens(q):
+        expected = f"the shape of q, {_shape(q)}" + (", but for the number of tokens" if merge is None else "")
+        raise ValueError(f"k must have {expected}, got {_shape(k)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {_shape(k)}, got {_shape(v)}")
     _check_same(q, "q", dtype=True, k=k, v=v, merge=merge)
     _check_same(q, "q", dtype=False, gate=gate, key_bias=key_bias)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -24,22 +28,43 @@ def check_attention(
     batch, heads, tokens, _ = q.shape
     if merge is not None:
         check_matrix("merge", merge, tokens, "the tokens of q")
-    keys = tokens if merge is None else merge.shape[0]
+    keys = k.shape[2] if merge is None else merge.shape[0]
     for name, tensor in (("gate", gate), ("key_bias", key_bias)):
         if tensor is not None and not _broadcasts(tensor, (batch, heads, keys)):
             raise ValueError(f"{name} must broadcast to (B, H, keys) = {(batch, heads, keys)}, got {_shape(tensor)}")
 
 
-def check_token_mix(x: Tensor, matrix: Tensor) -> None:
-    """Arguments of ``token_mix``: x (B,N,D), matrix (M,N)."""
-    _check_floating(x=x, matrix=matrix)
+def check_token_mix(x: Tensor, matrix: Tensor | SparseRows) -> None:
+    """Arguments of ``token_mix``: x (B,N,D), matrix (M,N), dense or sparse."""
+    _check_floating(x=x)
     if x.dim() != 3:
         raise ValueError(f"x must have shape (B, N, D), got {_shape(x)}")
+    if isinstance(matrix, SparseRows):
+        _check_sparse(x, matrix)
+        return
+    _check_floating(matrix=matrix)
     check_matrix("matrix", matrix, x.shape[1], "the tokens of x")
     _check_same(x, "x", dtype=True, matrix=matrix)
 
 
-def check_layer_norm(x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, rows: int | None) -> None:
+def _check_sparse(x: Tensor, matrix: SparseRows) -> None:
+    """What can be told of sparse rows without reading their indices, which are data on the device."""
+    starts, columns, values = matrix
+    _check_floating(**{"matrix.values": values})
+    for name, tensor in (("matrix.starts", starts), ("matrix.columns", columns)):
+        if tensor.dtype not in (torch.int32, torch.int64) or tensor.dtype != columns.dtype:
+            raise TypeError(f"{name} must be int32 or int64 like matrix.columns, got {tensor.dtype}")
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} must have one dimension, got {_shape(tensor)}")
+    if values.shape != columns.shape:
+        raise ValueError(
+            f"matrix.values must have the shape of matrix.columns, {_shape(columns)}, got {_shape(values)}"
+        )
+    _check_same(x, "x", dtype=True, **{"matrix.values": values})
+    _check_same(x, "x", dtype=False, **{"matrix.starts": starts, "matrix.columns": columns})
+
+
+def check_layer_norm(x: Tensor, matrix: Tensor | SparseRows, weight: Tensor, bias: Tensor, rows: int | None) -> None:
     """The LayerNorm arguments of ``token_mix_layer_norm``: weight and bias (D,), rows within the matrix's."""
     _check_floating(weight=weight, bias=bias)
     width = x.shape[2]
@@ -47,8 +72,9 @@ def check_layer_norm(x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, ro
         if tuple(tensor.shape) != (width,):
             raise ValueError(f"{name} must have shape (D,) = ({width},), the width of x, got {_shape(tensor)}")
     _check_same(x, "x", dtype=False, weight=weight, bias=bias)
-    if rows is not None and not 0 <= rows <= matrix.shape[0]:
-        raise ValueError(f"rows must be between 0 and {matrix.shape[0]}, the rows of matrix, got {rows}")
+    available = len(matrix.starts) if isinstance(matrix, SparseRows) else matrix.shape[0]
+    if rows is not None and not 0 <= rows <= available:
+        raise ValueError(f"rows must be between 0 and {available}, the rows of matrix, got {rows}")
 
 
 def check_matrix(name: str, matrix: Tensor, tokens: int, source: str) -> None:
@@ -83,6 +109,10 @@ def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
         return False
     aligned = shape[len(shape) - tensor.dim() :]
     return all(size in (1, expected) for size, expected in zip(tensor.shape, aligned, strict=True))
+
+
+def _but_tokens(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.shape[0], tensor.shape[1], tensor.shape[3]
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

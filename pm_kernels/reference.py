@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sparse import SparseRows
+
 
 def fused_merge_attention(
     q: Tensor,
@@ -27,13 +29,24 @@ def fused_merge_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def token_mix(x: Tensor, matrix: Tensor) -> Tensor:
+def token_mix(x: Tensor, matrix: Tensor | SparseRows) -> Tensor:
     """Specification of :func:`pm_kernels.token_mix`, with the same shapes."""
-    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+    if not isinstance(matrix, SparseRows):
+        return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+    # The weighted sum of a few rows is what an embedding bag is: one bag for each row of the result.
+    batch, tokens, width = x.shape
+    starts, columns, values = matrix
+    if batch != 1:
+        image = torch.arange(batch, device=x.device, dtype=columns.dtype).unsqueeze(1)
+        starts = (starts + image * len(columns)).flatten()
+        columns = (columns + image * tokens).flatten()
+        values = values.repeat(batch)
+    mixed = F.embedding_bag(columns, x.reshape(batch * tokens, width), starts, mode="sum", per_sample_weights=values)
+    return mixed.view(batch, len(matrix.starts), width)
 
 
 def token_mix_layer_norm(
-    x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: int | None = None
+    x: Tensor, matrix: Tensor | SparseRows, weight: Tensor, bias: Tensor, eps: float, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Specification of :func:`pm_kernels.token_mix_layer_norm`, with the same shapes."""
     mixed = token_mix(x, matrix)

@@ -1,10 +1,16 @@
 """timm's attention on the fused kernel, with the two inputs that compression and scoring need."""
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pm_kernels import fused_merge_attention
+
+from .rewiring import Rewired
 
 
 class PMAttention(Attention):
@@ -34,20 +40,62 @@ class PMAttention(Attention):
         self.register_buffer("key_bias", key_bias, persistent=False)
         self.token_gate = token_gate
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, D) -> (B, N, D); masks are refused, as merged tokens have none."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        attended: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D); masks are refused, as merged tokens have none.
+
+        ``attended`` (B, M, D) gives the keys and values where they are not x's: only x's rows are computed.
+        """
         refuse_masks(attn_mask, is_causal)
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = fused_merge_attention(
+        if attended is None:
+            q, k, v = self._heads(self.qkv(x))
+        else:
+            query, key_value = self._split_projection()
+            (q,), (k, v) = self._heads(F.linear(x, *query)), self._heads(F.linear(attended, *key_value))
+        out = fused_merge_attention(
             self.q_norm(q), self.k_norm(k), v, gate=self.token_gate, key_bias=self.key_bias, scale=self.scale
         )
-        attended = self.norm(attended.transpose(1, 2).reshape(batch, tokens, -1))
+        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
         output_gate = getattr(self, "gate", None)
         if output_gate is not None:
-            attended = attended * torch.sigmoid(output_gate(x))
-        return self.proj_drop(self.proj(attended))
+            out = out * torch.sigmoid(output_gate(x))
+        return self.proj_drop(self.proj(out))
+
+    def _heads(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """(B, N, n * H * d) as n views (B, H, N, d)."""
+        batch, tokens, _ = packed.shape
+        return packed.reshape(batch, tokens, -1, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _split_projection(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of the queries' projection, and of the keys' and values'."""
+        sizes = [self.num_heads * self.head_dim, 2 * self.num_heads * self.head_dim]
+        biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        return zip(self.qkv.weight.split(sizes), biases, strict=True)
+
+
+def attends_apart(block: nn.Module) -> bool:
+    """Whether :func:`run_rows` can run the block: timm's plain Block on a :class:`PMAttention`."""
+    return type(block) is Block and type(block.attn) is PMAttention and type(block.attn.qkv) is nn.Linear
+
+
+def run_rows(block: Block, x: Tensor, rows: int) -> Tensor:
+    """The first ``rows`` rows (B, rows, D) of ``block(x)`` for x (B, N, D), computing no others.
+
+    Those rows still attend to all of x. timm's own forward runs, on the rows and with their keys and values fixed.
+    """
+    attended = block.norm1(x)
+
+    def attention(queries: Tensor, **masks: object) -> Tensor:
+        return block.attn(queries, **masks, attended=attended)
+
+    return Block.forward(Rewired(block, attn=attention), x[:, :rows])
 
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

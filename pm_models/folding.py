@@ -4,6 +4,10 @@ The full token map between two stages is ``x = F z``: a static frame ``F`` times
 rows that the stage's blocks computed and the rows of the tokens that it pruned. A stage's merge matrix M and the
 selection E of its pruned tokens act on ``F z``, so that ``T = [M ; E^T] F`` takes one state to the next and the map
 itself is never needed. Everything here is matrices; no image is touched.
+
+While the matrices keep the plan's support, each token's row of a frame has one nonzero and each column of a merge
+matrix has one. A transition then has one entry for each token that it reads, the product of two numbers, and nothing
+of size N x N appears.
 """
 
 from collections.abc import Sequence
@@ -11,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from pm_kernels import SparseRows
 
 from .plan import CompressionPlan, StagePlan
 
@@ -34,21 +40,21 @@ class StageMatrices(nn.Module):
         mask = plan.token_mask(stage.first)
         self.shape = (plan.tokens[stage.first], plan.num_tokens)
         self.dense = train_matrices == "dense"
-        merge, reconstruct = plan.merge_matrix(stage.first), plan.reconstruct_matrix(stage.first)
-        if not self.dense:
-            merge, reconstruct = values, reconstruct[columns, rows]
+        if self.dense:
+            merge, reconstruct = plan.merge_matrix(stage.first), plan.reconstruct_matrix(stage.first)
+        else:
+            energy = torch.zeros(self.shape[0]).index_add(0, rows, values.square())
+            merge, reconstruct = values, values / energy[rows]
         if train_matrices is None:
             self.register_buffer("merge", merge)
             self.register_buffer("reconstruct", reconstruct)
         else:
             self.merge = nn.Parameter(merge)
             self.reconstruct = nn.Parameter(reconstruct)
+        # Where the nonzeros are, sorted by row; merge[i] stands at (rows[i], columns[i]), reconstruct[i] transposed.
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("pruned_mask", 1 - mask, persistent=False)
-        self.register_buffer("pruned", (mask == 0).nonzero().squeeze(1), persistent=False)
-        # Pruned tokens that something later reads when only prefix tokens are wanted; see mark_unread.
-        self.register_buffer("read", self.pruned, persistent=False)
 
     def merge_matrix(self) -> Tensor:
         """(C, N), differentiable in what trains."""
@@ -61,10 +67,6 @@ class StageMatrices(nn.Module):
         if self.dense:
             return self.reconstruct
         return self.reconstruct.new_zeros(self.shape[::-1]).index_put((self.columns, self.rows), self.reconstruct)
-
-    def carried(self, readout: str) -> Tensor:
-        """The pruned tokens whose rows the state carries past the stage."""
-        return self.read if readout == "prefix" else self.pruned
 
 
 @dataclass(frozen=True)
@@ -81,80 +83,177 @@ class Folded:
     """A model's matrices, folded for one readout.
 
     Args:
-        transitions: for each run the matrix that makes its state from the one before, (C + pruned, ...), or ``None``
+        transitions: for each run the matrix that makes its state from the one before, (C + carried, ...), or ``None``
             where the state stays as it is.
-        frames: for each run the matrix (N, C + pruned) that makes the full map from its state, or ``None`` where the
-            state is the full map.
+        frames: for each run the matrix (N, C + carried) that makes the full map from its state, or ``None`` where the
+            state is the full map; empty where the readout is not all tokens.
         readout: the matrix that makes the rows asked for from the last state, or ``None`` where the state is them.
     """
 
-    transitions: list[Tensor | None]
-    frames: list[Tensor | None]
-    readout: Tensor | None
+    transitions: list[Tensor | SparseRows | None]
+    frames: list[Tensor | SparseRows | None]
+    readout: Tensor | SparseRows | None
+
+    def to(self, dtype: torch.dtype) -> "Folded":
+        """The same with matrices of another dtype."""
+
+        def cast(matrix: Tensor | SparseRows | None) -> Tensor | SparseRows | None:
+            return None if matrix is None else matrix.to(dtype)
+
+        return Folded([cast(t) for t in self.transitions], [cast(f) for f in self.frames], cast(self.readout))
 
 
-def mark_unread(runs: Sequence[Run], num_prefix_tokens: int) -> None:
-    """Find, from the last run to the first, which pruned tokens are read by nothing when only prefix tokens are."""
-    read = set(range(num_prefix_tokens))
-    for run in reversed(runs):
-        matrices = run.matrices
-        if matrices is None or matrices.dense:
-            read_before = None  # everything
-        else:
-            read_before = set(matrices.columns.tolist())
-        if matrices is not None:
-            pruned = set(matrices.pruned.tolist())
-            kept = pruned if read is None else pruned & read
-            matrices.read = torch.tensor(sorted(kept), dtype=torch.long, device=matrices.pruned.device)
-            if read_before is not None:
-                read_before |= kept
-        read = read_before
-
-
-def fold(runs: Sequence[Run], num_tokens: int, num_prefix_tokens: int, readout: str) -> Folded:
-    """Fold the matrices of ``runs`` into transitions, in float32 at least, differentiably.
+class Folding(nn.Module):
+    """How a model's matrices fold for one readout: indices, worked out once; :meth:`forward` fills in the values.
 
     Args:
-        runs: the model's runs, covering its blocks in order.
+        runs: the model's runs, covering its blocks in order; at least one is a stage.
         num_tokens: N.
         num_prefix_tokens: P.
-        readout: the rows wanted after the last run: ``"all"`` N, ``"prefix"`` the first P, or ``"patch_mean"``: the
-            first P and, as one more row, the mean of the patches.
+        readout: the rows wanted after the last run: ``"all"`` N; ``"prefix"`` the first P; ``"patch_mean"`` the first P
+            and, as one more row, the mean of the patches.
     """
-    like = next(run.matrices.merge for run in runs if run.matrices is not None)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    identity = torch.eye(num_tokens, dtype=dtype, device=like.device)
-    frame, transitions, frames = None, [], []
-    # A product of matrices in autocast's dtype would round what is computed once and used for every image.
-    with torch.autocast(like.device.type, enabled=False):
-        for run in runs:
+
+    def __init__(self, runs: Sequence[Run], num_tokens: int, num_prefix_tokens: int, readout: str) -> None:
+        super().__init__()
+        self._runs = runs
+        self._num_tokens = num_tokens
+        self.dense = any(run.matrices is not None and run.matrices.dense for run in runs)
+        self._carried = [f"carried{index}" for index in range(len(runs))]
+        for name, carried in zip(
+            self._carried, _carried_tokens(runs, num_tokens, num_prefix_tokens, readout), strict=True
+        ):
+            self.register_buffer(name, carried, persistent=False)
+        rows, columns, weights = _wanted_rows(num_tokens, num_prefix_tokens, readout)
+        self.register_buffer("wanted_rows", rows, persistent=False)
+        self.register_buffer("wanted_columns", columns, persistent=False)
+        self.register_buffer("wanted_weights", weights, persistent=False)
+        self._wanted = int(rows[-1]) + 1
+        self._all = readout == "all"
+        if not self.dense:
+            self._lay_out()
+
+    def forward(self) -> Folded:
+        """The folded matrices, in float32 at least, differentiable in what trains."""
+        like = next(run.matrices.merge for run in self._runs if run.matrices is not None)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        # Products in autocast's dtype would round what is computed once and used for every image.
+        with torch.autocast(like.device.type, enabled=False):
+            return self._fold_dense(like, dtype) if self.dense else self._fold_sparse(like, dtype)
+
+    def _fold_dense(self, like: Tensor, dtype: torch.dtype) -> Folded:
+        identity = torch.eye(self._num_tokens, dtype=dtype, device=like.device)
+        frame, transitions, frames = None, [], []
+        for run, name in zip(self._runs, self._carried, strict=True):
             if run.matrices is None:
                 transitions.append(frame)
                 frame = None
             else:
-                merge = run.matrices.merge_matrix().to(dtype)
+                carried = getattr(self, name)
+                stage = torch.cat([run.matrices.merge_matrix().to(dtype), identity.index_select(0, carried)])
+                transitions.append(stage if frame is None else stage @ frame)
                 reconstruct = run.matrices.reconstruct_matrix().to(dtype)
-                carried = run.matrices.carried(readout)
-                select = identity.index_select(0, carried)
-                if frame is None:
-                    transitions.append(torch.cat([merge, select]))
-                else:
-                    transitions.append(torch.cat([merge @ frame, frame.index_select(0, carried)]))
-                frame = torch.cat([reconstruct, select.T], dim=1)
+                frame = torch.cat([reconstruct, identity.index_select(1, carried)], dim=1)
             frames.append(frame)
-        wanted = _readout_rows(identity, num_prefix_tokens, readout)
-        if wanted is None:
-            final = frame
-        else:
-            final = wanted if frame is None else wanted @ frame
-    return Folded(transitions, frames, final)
+        if self._all:
+            return Folded(transitions, frames, frame)
+        wanted = identity.new_zeros(self._wanted, self._num_tokens)
+        wanted = wanted.index_put((self.wanted_rows, self.wanted_columns), self.wanted_weights.to(dtype))
+        return Folded(transitions, [], wanted if frame is None else wanted @ frame)
+
+    def _lay_out(self) -> None:
+        """The indices of every sparse matrix. A frame is two lists over tokens: its column, and where its value is.
+
+        A transition's entries are the tokens that it reads, sorted by row; entry ``i`` reads column ``columns[i]`` with
+        the value ``weights[i] * frame_values[sources[i]]``, where the values of a frame are the stage's reconstruct
+        values and, last, a 1 for carried tokens.
+        """
+        slots, sources = None, None
+        for index, (run, name) in enumerate(zip(self._runs, self._carried, strict=True)):
+            matrices, tokens = run.matrices, torch.arange(self._num_tokens)
+            if matrices is None:
+                rows = tokens
+            else:
+                carried = getattr(self, name)
+                merged_rows, merged_columns = matrices.rows.cpu(), matrices.columns.cpu()
+                rows = torch.cat([merged_rows, matrices.shape[0] + torch.arange(len(carried))])
+                tokens = torch.cat([merged_columns, carried])
+            if matrices is not None or slots is not None:
+                self._add_layout(f"transition{index}", rows, tokens, slots, sources)
+            if matrices is None:
+                slots, sources = None, None
+                continue
+            slots = torch.full((self._num_tokens,), -1)
+            slots[tokens] = rows
+            sources = torch.full((self._num_tokens,), len(matrices.reconstruct))
+            sources[merged_columns] = torch.arange(len(merged_columns))
+            if self._all:
+                everything = torch.arange(self._num_tokens)
+                self._add_layout(f"frame{index}", everything, everything, slots, sources)
+        self._add_layout("readout", self.wanted_rows, self.wanted_columns, slots, sources)
+
+    def _add_layout(
+        self, name: str, rows: Tensor, tokens: Tensor, slots: Tensor | None, sources: Tensor | None
+    ) -> None:
+        """Register the indices of a matrix whose entries read ``tokens`` through the frame, one a row of ``rows``."""
+        starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 1))
+        self.register_buffer(f"{name}_starts", starts.int(), persistent=False)
+        self.register_buffer(f"{name}_columns", (tokens if slots is None else slots[tokens]).int(), persistent=False)
+        self.register_buffer(f"{name}_sources", None if slots is None else sources[tokens], persistent=False)
+
+    def _fold_sparse(self, like: Tensor, dtype: torch.dtype) -> Folded:
+        one = torch.ones(1, dtype=dtype, device=like.device)
+        frame_values, transitions, frames = None, [], []
+        for index, (run, name) in enumerate(zip(self._runs, self._carried, strict=True)):
+            weights = None
+            if run.matrices is not None:
+                weights = torch.cat([run.matrices.merge.to(dtype), one.expand(len(getattr(self, name)))])
+            if weights is None and frame_values is None:
+                transitions.append(None)
+            else:
+                transitions.append(self._sparse(f"transition{index}", weights, frame_values))
+            if run.matrices is None:
+                frame_values = None
+                frames.append(None)
+            else:
+                frame_values = torch.cat([run.matrices.reconstruct.to(dtype), one])
+                frames.append(self._sparse(f"frame{index}", None, frame_values) if self._all else None)
+        if self._all:
+            return Folded(transitions, frames, frames[-1])
+        return Folded(transitions, [], self._sparse("readout", self.wanted_weights.to(dtype), frame_values))
+
+    def _sparse(self, name: str, weights: Tensor | None, frame_values: Tensor | None) -> SparseRows:
+        values = weights
+        if frame_values is not None:
+            values = frame_values.index_select(0, getattr(self, f"{name}_sources"))
+            values = values if weights is None else weights * values
+        return SparseRows(getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns"), values)
 
 
-def _readout_rows(identity: Tensor, num_prefix_tokens: int, readout: str) -> Tensor | None:
-    """The rows wanted as a matrix (rows, N) on the full map; ``None`` is all of them."""
+def _carried_tokens(runs: Sequence[Run], num_tokens: int, num_prefix_tokens: int, readout: str) -> list[Tensor]:
+    """For each run the pruned tokens whose rows something later reads, found from the last run to the first."""
+    everything = set(range(num_tokens))
+    read = set(range(num_prefix_tokens)) if readout == "prefix" else everything
+    carried = []
+    for run in reversed(runs):
+        if run.matrices is None:
+            carried.append(set())
+            read = everything
+            continue
+        pruned = set(run.matrices.pruned_mask.nonzero().squeeze(1).tolist())
+        carried.append(pruned & read)
+        read = everything if run.matrices.dense else carried[-1] | set(run.matrices.columns.tolist())
+    return [torch.tensor(sorted(tokens), dtype=torch.long) for tokens in reversed(carried)]
+
+
+def _wanted_rows(num_tokens: int, num_prefix_tokens: int, readout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows wanted of the full map as a sparse matrix: rows, columns (tokens) and weights of its entries."""
     if readout == "all":
-        return None
-    prefix = identity[:num_prefix_tokens]
+        return torch.arange(num_tokens), torch.arange(num_tokens), torch.ones(num_tokens)
+    prefix = torch.arange(num_prefix_tokens)
     if readout == "prefix":
-        return prefix
-    return torch.cat([prefix, identity[num_prefix_tokens:].mean(dim=0, keepdim=True)])
+        return prefix, prefix, torch.ones(num_prefix_tokens)
+    patches = num_tokens - num_prefix_tokens
+    rows = torch.cat([prefix, torch.full((patches,), num_prefix_tokens)])
+    weights = torch.cat([torch.ones(num_prefix_tokens), torch.full((patches,), 1 / patches)])
+    return rows, torch.arange(num_tokens), weights

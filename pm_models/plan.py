@@ -237,14 +237,15 @@ class CompressionPlan:
         return (self.merge_matrix(block) != 0).sum(dim=1).float()
 
     def support(self, stage: StagePlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, columns and values (each (N - pruned,)) of the nonzeros of the stage's merge matrix, by column."""
+        """Rows, columns and values (each (N - pruned,)) of the entries of the stage's merge matrix, sorted by row."""
         prefix = self.num_prefix_tokens
         segments = torch.tensor(stage.segments)
         patches = (segments >= 0).nonzero().squeeze(1)
         rows = torch.cat([torch.arange(prefix), segments[patches] + prefix])
         columns = torch.cat([torch.arange(prefix), patches + prefix])
         values = torch.cat([torch.ones(prefix), torch.tensor(stage.weights, dtype=torch.float32)[patches]])
-        return rows, columns, values
+        order = rows.argsort(stable=True)
+        return rows[order], columns[order], values[order]
 
     def to_dict(self) -> dict:
         """The plan as plain JSON values, for :meth:`from_dict`."""

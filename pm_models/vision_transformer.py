@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pm_kernels import token_mix
 
-from .attention import PMAttention, fusable_attentions, refuse_masks, replace_module
-from .folding import TRAIN_MATRICES, Folded, Run, StageMatrices, fold, mark_unread
+from .attention import PMAttention, attends_apart, fusable_attentions, refuse_masks, replace_module, run_rows
+from .folding import READOUTS, TRAIN_MATRICES, Folded, Folding, Run, StageMatrices
 from .plan import CompressionPlan
+from .rewiring import Rewired
 
 EXECUTIONS = ("folded", "literal")
 
@@ -89,13 +90,13 @@ class PMVisionTransformer(VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, 3, H, W) to logits (B, classes)."""
         refuse_masks(attn_mask, is_causal)
-        tokens = VisionTransformer.forward_features(_Rewired(self, partial(self._run, self._pooled_readout())), x)
+        tokens = VisionTransformer.forward_features(self._around(partial(self._run, self._pooled_readout())), x)
         return self.forward_head(tokens)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, 3, H, W) to all N normalised tokens (B, N, D), pruned and merged ones included."""
         refuse_masks(attn_mask, is_causal)
-        return VisionTransformer.forward_features(_Rewired(self, partial(self._run, "all")), x)
+        return VisionTransformer.forward_features(self._around(partial(self._run, "all")), x)
 
     def forward_intermediates(
         self,
@@ -112,7 +113,7 @@ class PMVisionTransformer(VisionTransformer):
         taken, last = feature_take_indices(len(self.blocks), indices)
         blocks = _CapturingBlocks(self, len(self.blocks), {*taken, last if stop_early else len(self.blocks) - 1})
         return VisionTransformer.forward_intermediates(
-            _Rewired(self, blocks), x, indices, *args, stop_early=stop_early, **kwargs
+            self._around(blocks), x, indices, *args, stop_early=stop_early, **kwargs
         )
 
     def prune_intermediate_layers(self, *args: object, **kwargs: object) -> list[int]:
@@ -161,10 +162,22 @@ class PMVisionTransformer(VisionTransformer):
         self._refold()
         return self
 
+    def _around(self, blocks: "Callable[[Tensor], Tensor] | _CapturingBlocks") -> Rewired:
+        """The model as timm's forwards see it: they embed, call ``blocks``, which checkpoint themselves, and normalise."""
+        return Rewired(self, blocks=blocks, grad_checkpointing=False)
+
     def _find_runs(self) -> None:
-        """What follows from the plan and the blocks: which runs there are, which pruned tokens nothing reads."""
+        """What follows from the plan and the blocks: which runs there are, and how they fold for each readout."""
         self._runs = list(_runs(self.stages, self.plan, len(self.blocks)))
-        mark_unread(self._runs, self.num_prefix_tokens)
+        # With matrices on the plan's support a prefix token is read off its own row, with dense ones off all rows.
+        self._ends_in_prefix = self.train_matrices != "dense" and attends_apart(self.blocks[-1])
+        readouts = [readout for readout in READOUTS if self.stages and (readout != "prefix" or self.num_prefix_tokens)]
+        self._foldings = nn.ModuleDict(
+            {
+                readout: Folding(self._runs, self.plan.num_tokens, self.num_prefix_tokens, readout)
+                for readout in readouts
+            }
+        ).to(self.patch_embed.proj.weight.device)
 
     def _block_matrices(self) -> Iterator[StageMatrices]:
         for run in self._runs:
@@ -201,7 +214,7 @@ class PMVisionTransformer(VisionTransformer):
             stage = run.matrices
             y = x if stage is None else token_mix(x, stage.merge_matrix())
             for index in range(run.first, run.last + 1):
-                y = self._block(index, y)
+                y = self._block(self.blocks[index], y)
                 if index in captured or index == run.last:
                     full = y
                     if stage is not None:
@@ -217,23 +230,29 @@ class PMVisionTransformer(VisionTransformer):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         folded = self._fold(readout, dtype, x.device)
-        for run, transition, frame in zip(self._runs, folded.transitions, folded.frames, strict=True):
+        blocks = list(self.blocks)
+        # Where the readout reads the prefix rows alone, the last block computes no others.
+        reduced = len(blocks) - 1 if readout == "prefix" and self._ends_in_prefix else None
+        for index, (run, transition) in enumerate(zip(self._runs, folded.transitions, strict=True)):
             if transition is not None:
                 x = token_mix(x, transition)
             computed = x.shape[1] if run.matrices is None else run.matrices.shape[0]
             y, carried = x, None
             if computed < x.shape[1]:
                 y, carried = x[:, :computed], x[:, computed:]
-            for index in range(run.first, run.last + 1):
-                y = self._block(index, y)
-                if index in captured:
+            for block in range(run.first, run.last + 1):
+                if block == reduced:
+                    y = self._block(partial(run_rows, blocks[block], rows=self.num_prefix_tokens), y)
+                else:
+                    y = self._block(blocks[block], y)
+                if block in captured:
                     state = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
-                    maps[index] = state if frame is None else token_mix(state, frame)
+                    frame = folded.frames[index]
+                    maps[block] = state if frame is None else token_mix(state, frame)
             x = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
         return x if folded.readout is None else token_mix(x, folded.readout)
 
-    def _block(self, index: int, x: Tensor) -> Tensor:
-        block = self.blocks[index]
+    def _block(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x)
         return block(x)
@@ -244,21 +263,17 @@ class PMVisionTransformer(VisionTransformer):
         They are computed anew where a gradient has to reach the matrices. Elsewhere they are kept until a matrix
         changes; a compiled graph reads what was kept when the model was last moved, loaded or put into a mode.
         """
-        trains = any(parameter.requires_grad for parameter in self.stages.parameters())
-        if trains and torch.is_grad_enabled():
-            return _cast(self._fold_anew(readout), dtype)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.stages.parameters()):
+            return self._foldings[readout]().to(dtype)
         kept = self._folded.get((readout, dtype, device))
         if torch.compiler.is_compiling():
-            return _cast(self._fold_anew(readout), dtype) if kept is None else kept[1]
+            return self._foldings[readout]().to(dtype) if kept is None else kept[1]
         versions = self._versions()
         if kept is None or kept[0] != versions:
             with torch.inference_mode(False), torch.no_grad():
-                kept = versions, _cast(self._fold_anew(readout), dtype)
+                kept = versions, self._foldings[readout]().to(dtype)
             self._folded[readout, dtype, device] = kept
         return kept[1]
-
-    def _fold_anew(self, readout: str) -> Folded:
-        return fold(self._runs, self.plan.num_tokens, self.num_prefix_tokens, readout)
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         """Changes with every change of a matrix, in place or by another tensor in its place."""
@@ -279,23 +294,6 @@ class PMVisionTransformer(VisionTransformer):
 
 class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistilled):
     """The same on timm's :class:`~timm.models.deit.VisionTransformerDistilled`: two prefix tokens, two heads."""
-
-
-class _Rewired:
-    """A model as timm's own forwards see it, with other blocks: everything else is the model's.
-
-    timm's forwards embed, call ``self.blocks`` and normalise. Run on this object, they do so around the compressed
-    blocks, and none of them is copied. Checkpointing is done by the compressed blocks themselves.
-    """
-
-    grad_checkpointing = False
-
-    def __init__(self, model: PMVisionTransformer, blocks: "Callable[[Tensor], Tensor] | _CapturingBlocks") -> None:
-        self._model = model
-        self.blocks = blocks
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._model, name)
 
 
 class _CapturingBlocks:
@@ -428,14 +426,3 @@ def _runs(stages: nn.ModuleDict, plan: CompressionPlan, depth: int) -> Iterator[
 
 def _refold_loaded(model: PMVisionTransformer, _: object) -> None:
     model._refold()
-
-
-def _cast(folded: Folded, dtype: torch.dtype) -> Folded:
-    def cast(matrix: Tensor | None) -> Tensor | None:
-        return None if matrix is None else matrix.to(dtype)
-
-    return Folded(
-        [cast(matrix) for matrix in folded.transitions],
-        [cast(matrix) for matrix in folded.frames],
-        cast(folded.readout),
-    )

@@ -57,6 +57,13 @@ def test_output_and_gradients(batch, heads, tokens, merged, options, merge_queri
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
 
 
+def test_fewer_queries_than_keys():
+    (q, k, v), _ = packed_qkv(2, 3, 9, 4)
+    gate, bias = torch.randn(2, 9, dtype=torch.float64)
+    out = fused_merge_attention(q[:, :, :2], k, v, gate=gate, key_bias=bias)
+    torch.testing.assert_close(out, attention_written_out(q, k, v, gate=gate, key_bias=bias)[:, :, :2])
+
+
 def test_gate_gradient_is_gradient_weighted_attention():
     """The first identity: the gradient of a gate of ones is the column sum of A * dLoss/dA."""
     (q, k, v), _ = packed_qkv(2, 3, 19, 8)
@@ -108,7 +115,17 @@ def test_empty_batch():
     ("change", "error", "message"),
     [
         ({"q": torch.randn(2, 9, 4)}, ValueError, r"q must have shape \(B, H, N, d\), got \(2, 9, 4\)"),
-        ({"k": torch.randn(2, 3, 8, 4)}, ValueError, r"k must have the shape of q, \(2, 3, 9, 4\), got \(2, 3, 8, 4\)"),
+        (
+            {"k": torch.randn(2, 2, 9, 4)},
+            ValueError,
+            r"k must have the shape of q, \(2, 3, 9, 4\), but for the number of tokens, got \(2, 2, 9, 4\)",
+        ),
+        (
+            {"k": torch.randn(2, 3, 8, 4), "merge": torch.randn(6, 9)},
+            ValueError,
+            r"k must have the shape of q, \(2, 3, 9, 4\), got \(2, 3, 8, 4\)",
+        ),
+        ({"v": torch.randn(2, 3, 8, 4)}, ValueError, r"v must have the shape of k, \(2, 3, 9, 4\), got \(2, 3, 8, 4\)"),
         ({"v": torch.randn(2, 3, 4, 9).mT}, ValueError, r"v must have a contiguous last dimension"),
         (
             {"v": torch.randn(2, 3, 9, 4).half()},

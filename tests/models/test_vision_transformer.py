@@ -173,6 +173,20 @@ def test_size_bias_is_attention_to_every_member():
     assert not torch.allclose(compress(model, plan)(images), model(images), rtol=1e-4)
 
 
+def test_the_last_block_computes_what_is_read():
+    """With token pooling that is the prefix rows: every row of the MLP that counts, and no more."""
+    model = small_vit(reg_tokens=1)
+    compressed = compress(model, plan_for(model))
+    rows = []
+    compressed.blocks[-1].mlp.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    images = images_for(model)
+    compressed(images)
+    compressed.forward_features(images)
+    compressed.reset_classifier(7, "avg")
+    compressed(images)
+    assert rows == [2, compressed.plan.tokens[-1], compressed.plan.tokens[-1]]
+
+
 @pytest.mark.parametrize("stages", ["every block", "one stage", "some blocks"])
 @pytest.mark.parametrize("execution", ["folded", "literal"])
 def test_forward_intermediates(execution, stages):
@@ -230,8 +244,8 @@ def test_gradient_checkpointing_changes_nothing(training):
     assert_same(outputs_and_gradients(compressed, images, lambda m: m(images)), expected, 1e-6)
 
 
-def test_drop_path_and_dropout_train():
-    model = small_vit(drop_path_rate=0.5, drop_rate=0.1, proj_drop_rate=0.1, pos_drop_rate=0.1).train()
+def test_drop_path_trains():
+    model = small_vit(drop_path_rate=0.5, drop_rate=0.1, pos_drop_rate=0.1).train()
     compressed = compress(model, plan_for(model)).train()
     images = images_for(model)
     torch.manual_seed(3)
