@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pm_kernels import token_mix, token_mix_layer_norm
+from pm_kernels import SparseRows, token_mix, token_mix_layer_norm
 
 
 def layer_norm_written_out(x, weight, bias, eps):
@@ -21,6 +21,78 @@ def test_token_mix(batch, tokens, rows, width):
     out, expected = token_mix(x, matrix), torch.einsum("mn,bnd->bmd", matrix, x)
     torch.testing.assert_close(out, expected)
     assert torch.autograd.gradcheck(token_mix, (x, matrix))
+
+
+def sparse_and_dense(rows, tokens, entries, dtype=torch.float64):
+    """Random entries, with empty rows, and columns that occur twice in a row."""
+    row = torch.randint(0, rows, (entries,)).sort().values
+    column = torch.randint(0, tokens, (entries,))
+    values = torch.randn(entries, dtype=dtype)
+    dense = torch.zeros(rows, tokens, dtype=dtype)
+    for i, j, value in zip(row, column, values, strict=True):
+        dense[i, j] += value
+    starts = torch.tensor([int((row < i).sum()) for i in range(rows)])
+    return SparseRows(starts.int(), column.int(), values), dense
+
+
+@pytest.mark.parametrize("entries", [0, 1, 7, 40])
+@pytest.mark.parametrize(("batch", "tokens", "rows", "width"), SHAPES)
+def test_sparse_rows_are_the_dense_matrix(batch, tokens, rows, width, entries):
+    x = torch.randn(batch, tokens, width, dtype=torch.float64, requires_grad=True)
+    sparse, dense = sparse_and_dense(rows, tokens, entries)
+    dense.requires_grad_()
+    torch.testing.assert_close(sparse.to_dense(tokens), dense)
+    again = SparseRows.from_dense(dense.detach())
+    values = sparse.values.requires_grad_()
+    for matrix in (sparse, sparse._replace(starts=sparse.starts.long(), columns=sparse.columns.long()), again):
+        torch.testing.assert_close(token_mix(x, matrix), token_mix(x, dense))
+    if entries == 0:
+        return
+    upstream = torch.randn(batch, rows, width, dtype=torch.float64)
+    dx, dvalues = torch.autograd.grad(token_mix(x, sparse), (x, values), upstream)
+    expected_dx, ddense = torch.autograd.grad(token_mix(x, dense), (x, dense), upstream)
+    torch.testing.assert_close(dx, expected_dx)
+    row = torch.searchsorted(sparse.starts, torch.arange(entries), right=True) - 1
+    torch.testing.assert_close(dvalues, ddense[row, sparse.columns.long()])
+    mixed, normed = token_mix_layer_norm(x, sparse, torch.ones(width), torch.zeros(width), 1e-6, rows=1)
+    torch.testing.assert_close(mixed, token_mix(x, dense))
+    assert normed.shape == (batch, 1, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sparse_rows_in_half_precision(dtype):
+    sparse, dense = sparse_and_dense(9, 17, 20, torch.float32)
+    x = torch.randn(2, 17, 8).to(dtype)
+    exact = token_mix(x.double(), dense.to(dtype).double())
+    ours = (token_mix(x, sparse.to(dtype)).double() - exact).abs().max()
+    theirs = (token_mix(x, dense.to(dtype)).double() - exact).abs().max()
+    assert ours <= 2 * theirs
+    with torch.autocast("cpu", dtype):
+        assert token_mix(x.float(), sparse).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"values": torch.ones(3)},
+            ValueError,
+            r"matrix.values must have the shape of matrix.columns, \(4,\), got \(3,\)",
+        ),
+        ({"values": torch.ones(4).double()}, TypeError, r"matrix.values must have the dtype of x, torch.float32"),
+        (
+            {"starts": torch.zeros(2)},
+            TypeError,
+            r"matrix.starts must be int32 or int64 like matrix.columns, got torch.fl",
+        ),
+        ({"starts": torch.zeros(2).long()}, TypeError, r"matrix.starts must be int32 or int64 like matrix.columns"),
+        ({"starts": torch.zeros(2, 1).int()}, ValueError, r"matrix.starts must have one dimension, got \(2, 1\)"),
+    ],
+)
+def test_bad_sparse_rows_are_named(change, error, message):
+    matrix = SparseRows(torch.tensor([0, 2]).int(), torch.tensor([0, 1, 2, 0]).int(), torch.ones(4))
+    with pytest.raises(error, match=message):
+        token_mix(torch.randn(1, 3, 2), matrix._replace(**change))
 
 
 @pytest.mark.parametrize("kept", [None, 0, 1, "all"])

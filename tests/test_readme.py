@@ -1,0 +1,33 @@
+"""The README: its table is the result file's, its Python runs."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import torch
+from helpers import images_for, small_vit
+
+import pm_models
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_the_result_files():
+    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
+    assert report.with_table(README, results) == README
+    assert len(results["records"]) == 5
+
+
+def test_the_three_lines_compress_a_model():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    model = small_vit(img_size=56, depth=2)
+    loader = [(images_for(model, 2), torch.randint(0, 7, (2,))) for _ in range(16)]
+    names = {"pm_models": pm_models, "model": model, "loader": loader}
+    exec(code, names)
+    assert isinstance(names["model"], pm_models.PMVisionTransformer)
+    assert names["model"](images_for(model)).shape == (3, 7)
