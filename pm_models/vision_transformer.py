@@ -163,7 +163,7 @@ class PMVisionTransformer(VisionTransformer):
         return self
 
     def _around(self, blocks: "Callable[[Tensor], Tensor] | _CapturingBlocks") -> Rewired:
-        """The model as timm's forwards see it: they embed, call ``blocks``, which do the checkpointing, and normalise."""
+        """The model as timm's forwards see it: they embed, call ``blocks``, and normalise; checkpointing is ours."""
         return Rewired(self, blocks=blocks, grad_checkpointing=False)
 
     def _find_runs(self) -> None:
