@@ -81,8 +81,12 @@ class PMAttention(Attention):
 
 
 def attends_apart(block: nn.Module) -> bool:
-    """Whether :func:`run_rows` can run the block: timm's plain Block on a :class:`PMAttention`."""
-    return type(block) is Block and type(block.attn) is PMAttention and type(block.attn.qkv) is nn.Linear
+    """Whether :func:`run_rows` can run the block: timm's plain Block on a :class:`PMAttention`, with nothing around it.
+
+    Hooks, wrappers and adapters expect to see the block's whole input and output.
+    """
+    plain = type(block) is Block and type(block.attn) is PMAttention and type(block.attn.qkv) is nn.Linear
+    return plain and not (block._forward_hooks or block._forward_pre_hooks or block._backward_hooks)
 
 
 def run_rows(block: Block, x: Tensor, rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """A timm Vision Transformer whose blocks run on merged tokens, by the paper's word or folded."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -99,22 +99,13 @@ class PMVisionTransformer(VisionTransformer):
         return VisionTransformer.forward_features(self._around(partial(self._run, "all")), x)
 
     def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        *args: object,
-        stop_early: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        **kwargs: object,
+        self, x: Tensor, indices: int | list[int] | None = None, *args: object, **kwargs: object
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict:
         """timm's ``forward_intermediates``: the full token map after each block asked for."""
-        refuse_masks(attn_mask, is_causal)
-        taken, last = feature_take_indices(len(self.blocks), indices)
-        blocks = _CapturingBlocks(self, len(self.blocks), {*taken, last if stop_early else len(self.blocks) - 1})
-        return VisionTransformer.forward_intermediates(
-            self._around(blocks), x, indices, *args, stop_early=stop_early, **kwargs
-        )
+        refuse_masks(kwargs.pop("attn_mask", None), kwargs.pop("is_causal", False))
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        blocks = _CapturingBlocks(self, taken, len(self.blocks))
+        return VisionTransformer.forward_intermediates(self._around(blocks), x, indices, *args, **kwargs)
 
     def prune_intermediate_layers(self, *args: object, **kwargs: object) -> list[int]:
         """timm's ``prune_intermediate_layers``; a stage that the cut goes through ends with the last block left."""
@@ -169,8 +160,6 @@ class PMVisionTransformer(VisionTransformer):
     def _find_runs(self) -> None:
         """What follows from the plan and the blocks: which runs there are, and how they fold for each readout."""
         self._runs = list(_runs(self.stages, self.plan, len(self.blocks)))
-        # With matrices on the plan's support a prefix token is read off its own row, with dense ones off all rows.
-        self._ends_in_prefix = self.train_matrices != "dense" and attends_apart(self.blocks[-1])
         readouts = [readout for readout in READOUTS if self.stages and (readout != "prefix" or self.num_prefix_tokens)]
         self._foldings = nn.ModuleDict(
             {
@@ -195,8 +184,12 @@ class PMVisionTransformer(VisionTransformer):
             return "patch_mean"
         return "all"
 
-    def _run(self, readout: str, x: Tensor, captured: Collection[int] = (), maps: dict | None = None) -> Tensor:
-        """Run the blocks on x (B, N, D); put the full maps after the blocks of ``captured`` into ``maps``."""
+    def _run(self, readout: str, x: Tensor, maps: dict[int, Tensor | None] | None = None) -> Tensor:
+        """Run the blocks on x (B, N, D) and return the rows of ``readout``.
+
+        With ``maps``, fill in the full map after each block that it has a key for, stop after the last of them, and
+        return its map.
+        """
         if x.shape[1] != self.plan.num_tokens:
             raise ValueError(
                 f"the images give {x.shape[1]} tokens, but the plan was made for a grid of {self.plan.grid} and "
@@ -206,33 +199,37 @@ class PMVisionTransformer(VisionTransformer):
             execute = self._run_literal
         else:
             execute = self._run_folded if self._execution == "folded" else self._run_literal
-        return execute(readout, x, captured, maps)
+        return execute(readout, x, maps or {})
 
-    def _run_literal(self, readout: str, x: Tensor, captured: Collection[int], maps: dict | None) -> Tensor:
+    def _run_literal(self, readout: str, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
         """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens."""
         for run in self._runs:
             stage = run.matrices
             y = x if stage is None else token_mix(x, stage.merge_matrix())
             for index in range(run.first, run.last + 1):
                 y = self._block(self.blocks[index], y)
-                if index in captured or index == run.last:
+                if index in maps or index == run.last:
                     full = y
                     if stage is not None:
                         pruned = stage.pruned_mask.unsqueeze(1).to(x.dtype)
                         full = token_mix(y, stage.reconstruct_matrix()) + pruned * x
-                    if index in captured:
+                    if index in maps:
                         maps[index] = full
+                        if index == max(maps):
+                            return full
             x = full
         return x
 
-    def _run_folded(self, readout: str, x: Tensor, captured: Collection[int], maps: dict | None) -> Tensor:
+    def _run_folded(self, readout: str, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
         """The same through folded transitions: between stages there is only the state, see :mod:`.folding`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         folded = self._fold(readout, dtype, x.device)
         blocks = list(self.blocks)
-        # Where the readout reads the prefix rows alone, the last block computes no others.
-        reduced = len(blocks) - 1 if readout == "prefix" and self._ends_in_prefix else None
+        # Where the readout reads the prefix rows alone, the last block computes no others. Only with matrices on the
+        # plan's support is it so: a prefix token is read off its own row, with dense matrices off all rows.
+        reads_prefix = readout == "prefix" and self.train_matrices != "dense" and attends_apart(blocks[-1])
+        reduced = len(blocks) - 1 if reads_prefix else None
         for index, (run, transition) in enumerate(zip(self._runs, folded.transitions, strict=True)):
             if transition is not None:
                 x = token_mix(x, transition)
@@ -245,10 +242,12 @@ class PMVisionTransformer(VisionTransformer):
                     y = self._block(partial(run_rows, blocks[block], rows=self.num_prefix_tokens), y)
                 else:
                     y = self._block(blocks[block], y)
-                if block in captured:
+                if block in maps:
                     state = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
                     frame = folded.frames[index]
                     maps[block] = state if frame is None else token_mix(state, frame)
+                    if block == max(maps):
+                        return maps[block]
             x = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
         return x if folded.readout is None else token_mix(x, folded.readout)
 
@@ -299,22 +298,22 @@ class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistill
 class _CapturingBlocks:
     """Blocks as ``forward_intermediates`` walks them: the first call runs the model, each hands out its full map."""
 
-    def __init__(self, model: PMVisionTransformer, depth: int, captured: set[int]) -> None:
+    def __init__(self, model: PMVisionTransformer, taken: list[int], depth: int) -> None:
         self._model = model
+        self._taken = taken
         self._depth = depth
-        self._captured = captured
 
     def __len__(self) -> int:
         return self._depth
 
     def __getitem__(self, blocks: slice) -> "_CapturingBlocks":
-        return _CapturingBlocks(self._model, len(range(self._depth)[blocks]), self._captured)
+        return _CapturingBlocks(self._model, self._taken, len(range(self._depth)[blocks]))
 
     def __iter__(self) -> Iterator[Callable[[Tensor], Tensor | None]]:
-        maps: dict[int, Tensor] = {}
+        maps: dict[int, Tensor | None] = dict.fromkeys((*self._taken, self._depth - 1))
 
         def first(x: Tensor) -> Tensor | None:
-            self._model._run("all", x, self._captured, maps)
+            self._model._run("all", x, maps)
             return maps.get(0)
 
         yield first

@@ -184,7 +184,26 @@ def test_the_last_block_computes_what_is_read():
     compressed.forward_features(images)
     compressed.reset_classifier(7, "avg")
     compressed(images)
-    assert rows == [2, compressed.plan.tokens[-1], compressed.plan.tokens[-1]]
+    whole = compressed.plan.tokens[-1]
+    assert rows == [2, whole, whole]
+    compressed.reset_classifier(7, "token")
+    seen = []
+    compressed.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output.shape[1]))
+    compressed(images)
+    assert (rows[-1], seen) == (whole, [whole])
+
+
+def test_stopping_early_runs_no_further_block():
+    model = small_vit()
+    compressed = compress(model, plan_for(model))
+    ran = []
+    for index, block in enumerate(compressed.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    for execution in ("folded", "literal"):
+        compressed.execution = execution
+        ran.clear()
+        compressed.forward_intermediates(images_for(model), [0, 2], False, True, True, intermediates_only=True)
+        assert ran == [0, 1, 2]
 
 
 @pytest.mark.parametrize("stages", ["every block", "one stage", "some blocks"])
@@ -349,6 +368,15 @@ def test_inference_mode_then_training():
             expected = compressed(images_for(model))
         assert expected.shape == (3, 7)
         compressed(images_for(model)).sum().backward()
+
+
+def test_exports_with_any_batch():
+    model = small_vit(depth=2)
+    compressed = compress(model, plan_for(model))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(compressed, (images_for(model),), dynamic_shapes=({0: batch},))
+    images = images_for(model, 5)
+    torch.testing.assert_close(program.module()(images), compressed(images))
 
 
 @pytest.mark.parametrize("execution", ["folded", "literal"])
