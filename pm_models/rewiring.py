@@ -11,7 +11,9 @@ class Rewired:
     """
 
     def __init__(self, module: nn.Module, **replaced: object) -> None:
-        self.__dict__.update(replaced, _module=module)
+        self._module = module
+        for name, value in replaced.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._module, name)
