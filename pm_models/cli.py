@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -187,6 +188,7 @@ def _fit_and_save(
     save_pretrained(model, options.output, model_args=getattr(options, "model_kwargs", None))
     summary = {"command": options.command, "recipe": asdict(recipe), "epochs": [asdict(result) for result in results]}
     write_atomically(options.output / _SUMMARY, json.dumps(summary, indent=2).encode())
+    shutil.rmtree(options.output / _STATE)  # the model is saved: nothing is left to continue
     models = {options.command: model}
     if isinstance(model, PMVisionTransformer):
         models = {"dense": task.teacher.model.eval(), options.command: model}

@@ -92,7 +92,7 @@ def run(capsys, *arguments):
 
 
 def test_train_writes_a_model_and_its_history(dense):
-    assert {path.name for path in dense.iterdir()} == {"config.json", "model.safetensors", "training.json", "state"}
+    assert {path.name for path in dense.iterdir()} == {"config.json", "model.safetensors", "training.json"}
     history = json.loads((dense / "training.json").read_text())
     assert history["recipe"]["lr"] == 2e-3
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2, 3, 4, 5, 6]
@@ -146,6 +146,17 @@ def test_finetune_and_eval(capsys, data, compressed, tmp_path):
     assert status == 2
     assert "is fine-tuned already" in err
     assert "--teacher" in err
+
+
+def test_mixed_precision_and_checkpointing(capsys, data, compressed, tmp_path):
+    common = [data, *COMMON, "--amp"]
+    tuned = tmp_path / "tuned"
+    arguments = ["--model", compressed, "--output", tuned, "--epochs", "1", "--grad-checkpointing"]
+    status, _, err = run(capsys, "finetune", *common, *arguments)
+    assert status == 0, err
+    assert load_pretrained(tuned).head.weight.dtype == torch.float32
+    status, _, err = run(capsys, "eval", *common, "--model", tuned)
+    assert status == 0, err
 
 
 def test_a_named_model_with_a_checkpoint(capsys, data, dense, tmp_path):
