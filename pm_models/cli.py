@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pm-vit {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"pm-vit {options.command}: interrupted", file=sys.stderr)
+        hint = "; the same command continues" if options.command in ("train", "finetune") else ""
+        print(f"pm-vit {options.command}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -182,17 +183,19 @@ def _fit_and_save(
         state_dir=options.output / _STATE,
         name=options.command,
     )
+    model = task.trainable_module.eval()
+    models, top1 = {options.command: model}, {options.command: results[-1].top1}
+    if isinstance(model, PMVisionTransformer):
+        teacher = task.teacher.model.eval()
+        models = {"dense": teacher, **models}
+        top1["dense"] = evaluate(teacher, accelerator.prepare(eval_loader), accelerator=accelerator)["top1"]
     if not accelerator.is_main_process:
         return
-    model = task.trainable_module.eval()
     save_pretrained(model, options.output, model_args=getattr(options, "model_kwargs", None))
     summary = {"command": options.command, "recipe": asdict(recipe), "epochs": [asdict(result) for result in results]}
     write_atomically(options.output / _SUMMARY, json.dumps(summary, indent=2).encode())
     shutil.rmtree(options.output / _STATE)  # the model is saved: nothing is left to continue
-    models = {options.command: model}
-    if isinstance(model, PMVisionTransformer):
-        models = {"dense": task.teacher.model.eval(), options.command: model}
-    _print_comparison(options, accelerator, models, eval_loader)
+    _print_comparison(options, accelerator, models, top1)
     print(f"model: {options.output}")
 
 
@@ -200,20 +203,20 @@ def _print_comparison(
     options: argparse.Namespace,
     accelerator: Accelerator,
     models: dict[str, VisionTransformer],
-    eval_loader: torch.utils.data.DataLoader,
+    top1: dict[str, float],
 ) -> None:
-    size = input_size(next(iter(models.values())))
+    size = input_size(models[options.command])
     images = torch.randn(options.batch_size, *size, device=accelerator.device)
     with accelerator.autocast():
         speed = throughput(models, images, rounds=5)
     rows = {}
     for name, model in models.items():
-        tokens = getattr(model, "plan", None)
+        plan = getattr(model, "plan", None)
         rows[name] = {
-            "top1": evaluate(model, eval_loader, accelerator=accelerator)["top1"],
+            "top1": top1[name],
             "gmacs": count_gmacs(model, size),
             "images_per_second": speed[name],
-            "tokens": _dense_tokens(model) if tokens is None else tokens.tokens,
+            "tokens": _dense_tokens(model) if plan is None else plan.tokens,
         }
     print(compare(rows))
 

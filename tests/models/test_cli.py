@@ -322,7 +322,7 @@ def test_a_stopped_run_continues(capsys, data, tmp_path, monkeypatch):
         patched.setattr(pm_models.training, "_save_state", interrupted)
         status, _, err = run(capsys, *arguments, "--output", tmp_path / "stopped")
     assert status == 130
-    assert "interrupted" in err
+    assert "interrupted; the same command continues" in err
     assert not (tmp_path / "stopped" / "config.json").exists()
     status, out, err = run(capsys, *arguments, "--output", tmp_path / "stopped")
     assert status == 0, err
