@@ -124,10 +124,10 @@ class Folding(nn.Module):
             self._carried, _carried_tokens(runs, num_tokens, num_prefix_tokens, readout), strict=True
         ):
             self.register_buffer(name, carried, persistent=False)
-        rows, columns, weights = _wanted_rows(num_tokens, num_prefix_tokens, readout)
+        rows, columns, sizes = _wanted_rows(num_tokens, num_prefix_tokens, readout)
         self.register_buffer("wanted_rows", rows, persistent=False)
         self.register_buffer("wanted_columns", columns, persistent=False)
-        self.register_buffer("wanted_weights", weights, persistent=False)
+        self.register_buffer("wanted_sizes", sizes, persistent=False)
         self._wanted = int(rows[-1]) + 1
         self._all = readout == "all"
         if not self.dense:
@@ -158,7 +158,7 @@ class Folding(nn.Module):
         if self._all:
             return Folded(transitions, frames, frame)
         wanted = identity.new_zeros(self._wanted, self._num_tokens)
-        wanted = wanted.index_put((self.wanted_rows, self.wanted_columns), self.wanted_weights.to(dtype))
+        wanted = wanted.index_put((self.wanted_rows, self.wanted_columns), 1 / self.wanted_sizes.to(dtype))
         return Folded(transitions, [], wanted if frame is None else wanted @ frame)
 
     def _lay_out(self) -> None:
@@ -220,7 +220,7 @@ class Folding(nn.Module):
                 frames.append(self._sparse(f"frame{index}", None, frame_values) if self._all else None)
         if self._all:
             return Folded(transitions, frames, frames[-1])
-        return Folded(transitions, [], self._sparse("readout", self.wanted_weights.to(dtype), frame_values))
+        return Folded(transitions, [], self._sparse("readout", 1 / self.wanted_sizes.to(dtype), frame_values))
 
     def _sparse(self, name: str, weights: Tensor | None, frame_values: Tensor | None) -> SparseRows:
         values = weights
@@ -247,13 +247,13 @@ def _carried_tokens(runs: Sequence[Run], num_tokens: int, num_prefix_tokens: int
 
 
 def _wanted_rows(num_tokens: int, num_prefix_tokens: int, readout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows wanted of the full map as a sparse matrix: rows, columns (tokens) and weights of its entries."""
+    """The rows wanted of the full map, each the mean of some tokens: row, token and the row's size for each entry."""
     if readout == "all":
-        return torch.arange(num_tokens), torch.arange(num_tokens), torch.ones(num_tokens)
+        return torch.arange(num_tokens), torch.arange(num_tokens), torch.ones(num_tokens, dtype=torch.long)
     prefix = torch.arange(num_prefix_tokens)
     if readout == "prefix":
-        return prefix, prefix, torch.ones(num_prefix_tokens)
+        return prefix, prefix, torch.ones_like(prefix)
     patches = num_tokens - num_prefix_tokens
     rows = torch.cat([prefix, torch.full((patches,), num_prefix_tokens)])
-    weights = torch.cat([torch.ones(num_prefix_tokens), torch.full((patches,), 1 / patches)])
-    return rows, torch.arange(num_tokens), weights
+    sizes = torch.cat([torch.ones_like(prefix), torch.full((patches,), patches)])
+    return rows, torch.arange(num_tokens), sizes

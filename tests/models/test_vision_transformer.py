@@ -18,6 +18,7 @@ KINDS = {
     "distilled": {"name": "deit_tiny_distilled_patch16_224"},
     "no prefix, average": {"class_token": False, "global_pool": "avg"},
     "average": {"global_pool": "avg"},
+    "average without norm": {"global_pool": "avg", "final_norm": False},
     "average after norm": {"global_pool": "avg", "fc_norm": False},
     "average with prefix": {"global_pool": "avg", "pool_include_prefix": True},
     "max": {"global_pool": "max"},
