@@ -47,15 +47,18 @@ def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", 
             search_split=bool(dataset),
             input_img_mode="L" if in_chans == 1 else "RGB",
         )
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{root}: {error}; expected <class>/<image> in it, one folder for each class") from error
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+        expected = f"data set {dataset!r}" if dataset else "<class>/<image> in it, one folder for each class"
+        raise ValueError(f"{root}: {error}; expected {expected}") from error
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """The classes of an image folder in the order of their labels; ``None`` where the data set does not tell."""
-    reader = getattr(dataset, "reader", None)
-    indices = getattr(reader, "class_to_idx", None)
-    return None if indices is None else sorted(indices, key=indices.get)
+    """The classes of an image folder or torchvision set in the order of their labels; ``None`` where not told."""
+    for holder in (getattr(dataset, "reader", None), dataset):
+        indices = getattr(holder, "class_to_idx", None)
+        if indices:
+            return sorted(indices, key=indices.get)
+    return None
 
 
 def check_classes(dataset: Dataset, model: VisionTransformer) -> None:

@@ -174,6 +174,26 @@ def test_a_named_model_with_a_checkpoint(capsys, data, dense, tmp_path):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+def test_a_data_set_that_timm_reads(capsys, tmp_path):
+    """MNIST's own files, of 40 random images: grey, 28 x 28, ten classes by name."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        images = random.integers(0, 255, (40, 28, 28), dtype=np.uint8)
+        header = np.array([0x803, 40, 28, 28], dtype=">i4").tobytes()
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = np.arange(40, dtype=np.uint8) % 10
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            np.array([0x801, 40], dtype=">i4").tobytes() + labels.tobytes()
+        )
+    arguments = ["train", tmp_path, "--dataset", "torch/mnist", *MODEL, *SHAPE, *COMMON, "--in-chans", "1"]
+    output = tmp_path / "m"
+    status, _, err = run(capsys, *arguments, "--epochs", "1", "--warmup-epochs", "0", "--output", output)
+    assert status == 0, err
+    assert load_pretrained(output).num_classes == 10
+
+
 def test_grey_images(capsys, data, tmp_path):
     arguments = [
         "train",
@@ -226,6 +246,10 @@ MISTAKES = {
     "no images": (
         ["eval", "{empty}", "--model", "{dense}"],
         "Found 0 images in subfolders .*expected <class>/<image>",
+    ),
+    "no such data set": (
+        [*EVAL, "--model", "{dense}", "--dataset", "torch/cifar10"],
+        "Dataset not found.*expected data set 'torch/cifar10'",
     ),
     "unknown model": (
         [*EVAL, "--model", "deit_smal"],
