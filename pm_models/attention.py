@@ -86,7 +86,8 @@ def attends_apart(block: nn.Module) -> bool:
     Hooks, wrappers and adapters expect to see the block's whole input and output.
     """
     plain = type(block) is Block and type(block.attn) is PMAttention and type(block.attn.qkv) is nn.Linear
-    return plain and not (block._forward_hooks or block._forward_pre_hooks or block._backward_hooks)
+    hooks = (block._forward_pre_hooks, block._forward_hooks, block._backward_pre_hooks, block._backward_hooks)
+    return plain and not any(hooks)
 
 
 def run_rows(block: Block, x: Tensor, rows: int) -> Tensor:

@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from .checkpoints import CONFIG_NAME, load_pretrained, load_state_file, save_pretrained
 from .data import calibration_loader, check_classes, class_names, input_size, make_loader, open_dataset
-from .files import atomic_path, write_atomically
+from .files import write_atomically
 from .measure import count_gmacs, throughput
 from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
 from .training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
 from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
-from .visualize import plan_figure
+from .visualize import save_plan_picture
 
 _STATE = "state"
 _SUMMARY = "training.json"
@@ -100,7 +100,7 @@ def _compress(options: argparse.Namespace) -> None:
     compressed = compress(model, plan, train_matrices=train_matrices, size_bias=options.size_bias)
     save_pretrained(compressed, options.output, model_args=options.model_kwargs)
     plan.save(options.output / "plan.json")
-    _save_picture(plan, options.output / "plan.png")
+    save_plan_picture(plan, options.output / "plan.png")
     size = input_size(model)
     before, after = count_gmacs(model, size), count_gmacs(compressed, size)
     print(plan)
@@ -191,9 +191,10 @@ def _fit_and_save(
         top1["dense"] = evaluate(teacher, accelerator.prepare(eval_loader), accelerator=accelerator)["top1"]
     if not accelerator.is_main_process:
         return
-    save_pretrained(model, options.output, model_args=getattr(options, "model_kwargs", None))
     summary = {"command": options.command, "recipe": asdict(recipe), "epochs": [asdict(result) for result in results]}
     write_atomically(options.output / _SUMMARY, json.dumps(summary, indent=2).encode())
+    # Last, as the model's configuration is what tells a finished run from one to continue.
+    save_pretrained(model, options.output, model_args=getattr(options, "model_kwargs", None))
     shutil.rmtree(options.output / _STATE)  # the model is saved: nothing is left to continue
     _print_comparison(options, accelerator, models, top1)
     print(f"model: {options.output}")
@@ -297,11 +298,6 @@ def _check_output(output: Path) -> None:
         raise FileExistsError(f"{output} holds a finished model; choose another --output, or delete it")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output {output} is a file, expected a folder or nothing")
-
-
-def _save_picture(plan: CompressionPlan, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        plan_figure(plan).savefig(temporary, format="png", dpi=150)
 
 
 def _stages(text: str) -> list[tuple[int, int]]:

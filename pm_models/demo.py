@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from .checkpoints import save_pretrained
-from .files import atomic_path, write_atomically
+from .files import write_atomically
 from .measure import count_gmacs, throughput
 from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
 from .training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
 from .vision_transformer import compress
-from .visualize import plan_figure
+from .visualize import save_plan_picture
 
 KEEP_RATE, PRUNE_RATE = 0.6, 0.1
 _BATCH = 32
@@ -88,8 +88,7 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
     save_pretrained(compressed, output / "compressed")
     plan.save(output / "plan.json")
     image = (test_set[0][0][0].numpy() + 1) / 2
-    with atomic_path(output / "plan.png") as path:
-        plan_figure(plan, image).savefig(path, format="png", dpi=150)
+    save_plan_picture(plan, output / "plan.png", image)
     write_atomically(output / "results.json", json.dumps(results, indent=2).encode())
     print(compare(rows))
     print(f"before fine-tuning the compressed model had {raw['top1']:.2f}%")

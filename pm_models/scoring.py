@@ -50,11 +50,11 @@ def score_tokens(
     like = next(model.parameters())
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     scores = torch.zeros(len(model.blocks), tokens, dtype=torch.float32, device=like.device)
+    heads = [next(iter(fusable_attentions(block).values())).num_heads for block in model.blocks]
     taken = 0
     with torch.inference_mode(False), torch.enable_grad(), _gated(model, tokens) as gates:
         for images, targets in loader:
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
-            heads = [_num_heads(block) for block in model.blocks]
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
                 scores[index] += gradient.float().abs() / (len(images) * heads[index] * tokens)
             taken += 1
@@ -93,7 +93,3 @@ def _gated(model: VisionTransformer, tokens: int) -> Iterator[list[Tensor]]:
             parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
-
-
-def _num_heads(block: torch.nn.Module) -> int:
-    return next(module.num_heads for module in block.modules() if isinstance(module, PMAttention))

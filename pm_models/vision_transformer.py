@@ -195,13 +195,11 @@ class PMVisionTransformer(VisionTransformer):
                 f"the images give {x.shape[1]} tokens, but the plan was made for a grid of {self.plan.grid} and "
                 f"{self.plan.num_prefix_tokens} prefix tokens: {self.plan.num_tokens} tokens"
             )
-        if not self.stages:
-            execute = self._run_literal
-        else:
-            execute = self._run_folded if self._execution == "folded" else self._run_literal
-        return execute(readout, x, maps or {})
+        if self._execution == "literal" or not self.stages:
+            return self._run_literal(x, maps or {})
+        return self._run_folded(readout, x, maps or {})
 
-    def _run_literal(self, readout: str, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
+    def _run_literal(self, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
         """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens."""
         for run in self._runs:
             stage = run.matrices

@@ -1,6 +1,7 @@
 """Pictures of a plan: which patches each block keeps, merges and prunes."""
 
 import math
+import os
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,6 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from .files import atomic_path
 from .plan import CompressionPlan, StagePlan
 
 _KEPT, _MERGED, _PRUNED = "#2a9d8f", "#e9c46a", "#3d405b"
@@ -44,6 +46,12 @@ def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figur
         fontsize=8,
     )
     return figure
+
+
+def save_plan_picture(plan: CompressionPlan, path: str | os.PathLike, image: np.ndarray | None = None) -> None:
+    """Write :func:`plan_figure` as a PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        plan_figure(plan, image).savefig(temporary, format="png", dpi=150)
 
 
 def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.ndarray | None) -> None:

@@ -355,6 +355,23 @@ def test_a_stopped_run_continues(capsys, data, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
+def test_a_run_stopped_while_it_saves_the_model_continues(capsys, data, tmp_path, monkeypatch):
+    output = tmp_path / "m"
+    arguments = ["train", data, *MODEL, *SHAPE, *COMMON, "--epochs", "1", "--warmup-epochs", "0", "--output", output]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pm_models.cli.save_pretrained", interrupted)
+        assert run(capsys, *arguments)[0] == 130
+    assert not (output / "config.json").exists()
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert "continuing after epoch 1 of 1" in out
+    assert {path.name for path in output.iterdir()} == {"config.json", "model.safetensors", "training.json"}
+
+
 def test_saved_model_of_another_kind_is_evaluated(capsys, data, dense, tmp_path):
     model = load_pretrained(dense).to(torch.bfloat16).float()
     save_pretrained(model, tmp_path / "copy")
