@@ -1,10 +1,12 @@
 """Attention over merged tokens, with a gate and a bias per key: contract, checks and dispatch."""
 
+import torch
 from torch import Tensor
 
 from . import reference
+from .attention_op import attention
 from .autocast import autocast_inputs
-from .backend import require_reference
+from .backend import use_kernels
 from .checks import check_attention
 
 
@@ -43,11 +45,30 @@ def fused_merge_attention(
     Raises:
         ValueError: a shape or a device does not fit; the message names the argument.
         TypeError: an argument is no floating-point tensor, or the dtypes differ outside autocast.
-        RuntimeError: the backend is ``"triton"``, which has no kernel for it yet.
+        RuntimeError: the backend is ``"triton"``, which has no kernel for this dtype, head width (up to 128) or
+            device; or a second derivative is taken on the kernels.
     """
     check_attention(q, k, v, merge, gate, key_bias)
-    require_reference("fused_merge_attention", q)
     q, k, v, merge = autocast_inputs(q, k, v, merge)
+    plain = merge is None and gate is None and key_bias is None
+    if use_kernels("fused_merge_attention", q, _supported(q), faster=not _pytorch_is_faster(q, k, plain)):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return attention(q, k, v, merge, gate, key_bias, scale, merge_queries)[0]
     return reference.fused_merge_attention(
         q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
     )
+
+
+def _supported(q: Tensor) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 1 <= q.shape[-1] <= 128
+
+
+def _pytorch_is_faster(q: Tensor, k: Tensor, plain: bool) -> bool:
+    """Whether PyTorch's own attention is the faster one on a GPU.
+
+    It is for long sequences without merge, gate or bias, for which it has kernels of its own, and for float32 at full
+    precision, which takes no matrix unit.
+    """
+    if q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return True
+    return plain and max(q.shape[2], k.shape[2]) > 256

@@ -1,8 +1,15 @@
 """Which implementation the ops run: the Triton kernels or the PyTorch reference."""
 
+import importlib.util
+import os
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .launch import Device
 
 _BACKENDS = ("auto", "triton", "reference")
 _current = "auto"
@@ -13,7 +20,8 @@ class backend:
 
     Args:
         name: ``"auto"`` takes the fastest implementation that the tensors' device has; ``"triton"`` insists on
-            the Triton kernels; ``"reference"`` runs the PyTorch specification.
+            the Triton kernels, which on CPU tensors run in Triton's interpreter where ``TRITON_INTERPRET=1`` is set
+            before Python starts; ``"reference"`` runs the PyTorch specification.
 
     Raises:
         ValueError: ``name`` is none of the three.
@@ -52,3 +60,63 @@ def require_reference(op: str, tensor: Tensor) -> None:
             f"{op} has no Triton kernel in this version, so backend 'triton' cannot run it on a "
             f"{tensor.device.type} tensor; choose backend 'auto' or 'reference'"
         )
+
+
+def use_kernels(op: str, tensor: Tensor, supported: bool, faster: bool) -> bool:
+    """Whether ``op`` runs its kernels on tensors like ``tensor``.
+
+    Args:
+        op: its name, for the message.
+        tensor: any of the op's inputs.
+        supported: there are kernels for this dtype and shape.
+        faster: they are the fastest implementation on a GPU.
+
+    Raises:
+        RuntimeError: the backend is ``"triton"``, and there is no kernel for this dtype, shape or device.
+    """
+    if _current == "reference" or (_current == "auto" and not (faster and supported and tensor.is_cuda)):
+        return False
+    if _current == "auto":
+        return _has_kernels(tensor.device)
+    if not supported:
+        problem = f"there is none for {tensor.dtype} tensors of shape {tuple(tensor.shape)}"
+    elif tensor.is_cuda:
+        if _has_kernels(tensor.device):
+            return True
+        problem = "it needs the triton package and a GPU of compute capability 8.0 or newer"
+    elif tensor.device.type != "cpu" or not _interpreted():
+        problem = (
+            f"it needs CUDA tensors, got {tensor.device.type}; on CPU tensors kernels run in Triton's interpreter "
+            "only, with TRITON_INTERPRET=1 set before Python starts"
+        )
+    elif tensor.dtype == torch.bfloat16:
+        problem = "Triton's interpreter computes bfloat16 wrongly; take float32 or float16"
+    else:
+        return True
+    raise RuntimeError(f"backend 'triton' cannot run the kernel of {op}: {problem}; or choose backend 'auto'")
+
+
+def kernel_device(tensor: Tensor) -> "Device | None":
+    """What to plan launches for, or None where the op is written out in PyTorch."""
+    if _current == "reference" or not (tensor.is_cuda or (_current == "triton" and _interpreted())):
+        return None
+    from .launch import INTERPRETER, cuda_device
+
+    return cuda_device(tensor.device.index) if tensor.is_cuda else INTERPRETER
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: torch.device) -> bool:
+    return _installed() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and _installed()
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a module of that name is there, but has no spec
+        return False

@@ -1,0 +1,231 @@
+"""What the compiler makes of each kernel: registers, spills, shared memory, occupancy and matrix instructions.
+
+python -m bench.resources                 # every configuration, for sm_80, sm_90 and sm_100; needs no GPU
+python -m bench.resources --target 90 --width 64 --dtype bfloat16
+
+Kernels are compiled as the package would launch them, from plans for tensors without memory. A program that needs more
+registers than there are shows a stack above 0; a matrix product off the fast path of sm_90 shows HMMA for HGMMA.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import machine
+
+RESULTS = Path(__file__).parent / "results" / "static" / "resources.json"
+WIDTHS = (16, 32, 64, 80, 96, 128)
+DTYPES = ("bfloat16", "float32")
+LENGTHS = (16, 32, 64, 80, 96, 128, 144, 160, 192, 208, 224, 256, 577)
+MERGED = (64, 128, 192, 256, 577)  # tokens after merging
+
+
+class Target(NamedTuple):
+    """A GPU by its limits: what a multiprocessor has, and what one program may take."""
+
+    family: int
+    multiprocessors: int
+    shared_per_program: int
+    shared: int
+    registers: int = 65536
+    threads: int = 2048
+    programs: int = 32
+
+
+TARGETS = {
+    80: Target(80, 108, 163 * 1024, 164 * 1024),
+    90: Target(90, 132, 227 * 1024, 228 * 1024),
+    100: Target(100, 148, 227 * 1024, 228 * 1024),
+}
+
+
+class Case(NamedTuple):
+    """One call of fused_merge_attention whose kernels are compiled."""
+
+    target: int
+    dtype: str
+    width: int
+    tokens: int
+    merged: int | None  # tokens after merging
+    merge_queries: bool
+    extras: bool  # with gate and bias, per head, and their gradients
+
+
+def cases(targets: Iterable[int], dtypes: Iterable[str], widths: Iterable[int]) -> Iterator[Case]:
+    """Every length of the tables, plain, merged, and with the queries left unmerged."""
+    for target, dtype, width, extras in itertools.product(targets, dtypes, widths, (False, True)):
+        for tokens in LENGTHS:
+            yield Case(target, dtype, width, tokens, None, True, extras)
+        for merged in MERGED:
+            for merge_queries in (True, False):
+                yield Case(target, dtype, width, 197 if merged <= 256 else 1601, merged, merge_queries, extras)
+
+
+def report(case: Case) -> list[dict]:
+    """The kernels of one case, compiled: one record for each."""
+    from pm_kernels import attention_launch
+    from pm_kernels.launch import Device
+
+    target = TARGETS[case.target]
+    device = Device(target.family, target.multiprocessors, target.shared_per_program)
+    dtype = getattr(torch, case.dtype)
+    torch.set_float32_matmul_precision("high")
+    batch, heads = 256, 6
+    qkv = torch.empty(batch, case.tokens, 3, heads, case.width, dtype=dtype, device="meta")
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    keys = case.merged or case.tokens
+    merge = torch.empty(case.merged, case.tokens, dtype=dtype, device="meta") if case.merged else None
+    gate = torch.empty(batch, heads, keys, device="meta") if case.extras else None
+    options = (merge, gate, gate, case.width**-0.5, case.merge_queries)
+    forward = attention_launch.plan_forward(device, q, k, v, *options)
+    dout = torch.empty_like(forward.out)
+    wanted = (case.merged is not None, case.extras, case.extras)
+    backward = attention_launch.plan_backward(device, dout, q, k, v, forward.out, forward.lse, *options, wanted)
+    return [_case_of(case) | compile_for(target, launch) for launch in forward.launches + backward.launches]
+
+
+def _case_of(case: Case) -> dict:
+    return case._asdict() | {"target": f"sm_{case.target}"}
+
+
+def compile_for(target: Target, launch: NamedTuple) -> dict:
+    """Compile one launch for a target and count what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _signature(launch)
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", target.family, 32),
+        options=launch.options,
+    )
+    usage, instructions = _disassembled(compiled.asm["cubin"])
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    shared = compiled.metadata.shared
+    threads = 32 * launch.warps
+    resident = min(
+        target.registers // (-(-registers // 8) * 8 * threads),
+        target.shared // (shared + 1024),
+        target.threads // threads,
+        target.programs,
+    )
+    blocks = {
+        name: value for name, value in launch.arguments.items() if name in ("PIECES", "ROWS", "STEP", "KEYS", "CHUNK")
+    }
+    return {
+        "kernel": launch.kernel.__name__,
+        "blocks": blocks,
+        "warps": launch.warps,
+        "stages": launch.stages,
+        "registers": registers,
+        "stack": stack,
+        "spills": instructions["LDL"] + instructions["STL"],
+        "shared": shared,
+        "resident": resident,
+        "matrix": {name: instructions[name] for name in ("HGMMA", "UTCHMMA", "HMMA") if instructions[name]},
+    }
+
+
+def _signature(launch: NamedTuple) -> tuple[dict, dict, dict]:
+    """Types, compiled-in values and alignments of the arguments, as Triton takes them from a call."""
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        aligned = False
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + kinds[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        else:
+            signature[parameter.name] = "fp32"
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _disassembled(cubin: bytes) -> tuple[str, collections.Counter]:
+    """The resource usage that cuobjdump prints, and how often each instruction that matters here occurs."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    return usage, collections.Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA|LDL|STL)\b", code))
+
+
+def reports(chosen: Iterable[Case]) -> Iterator[list[dict]]:
+    """:func:`report` of each case, on all processors."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        yield from pool.map(report, chosen)
+
+
+def row(record: dict) -> str:
+    """One line of the printed table."""
+    options = "merged to {merged}" if record["merged"] else ""
+    options = options.format(**record) + ("" if record["merge_queries"] else ", queries not")
+    options += " gate, bias" if record["extras"] else ""
+    blocks = " ".join(f"{name.lower()} {'+'.join(map(str, v)) if isinstance(v, (tuple, list)) else v}"
+                      for name, v in record["blocks"].items())  # fmt: skip
+    matrix = " ".join(f"{name}:{count}" for name, count in record["matrix"].items())
+    return (
+        f"{record['target']:6} {record['dtype']:8} {record['width']:4} {record['tokens']:5} {options:34} "
+        f"{record['kernel']:18} {blocks:38} {record['warps']:2}w {record['stages']}s "
+        f"{record['registers']:4} {record['stack']:5} {record['spills']:5} {record['shared'] / 1024:5.0f}K "
+        f"{record['resident']:2} {matrix}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", type=int, choices=TARGETS, nargs="+", default=list(TARGETS))
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS), help="head widths")
+    parser.add_argument("--output", type=Path, default=None, help=f"write a JSON file, for example {RESULTS.name}")
+    chosen = parser.parse_args(arguments)
+    print("target dtype    width tokens options, kernel, blocks, warps, stages, registers, stack, spills, shared, "
+          "resident programs, matrix instructions")  # fmt: skip
+    records, seen = [], set()
+    for group in reports(cases(chosen.target, chosen.dtype, chosen.width)):
+        for record in group:
+            line = row(record)
+            if line not in seen:
+                seen.add(line)
+                records.append(record)
+                print(line, flush=True)
+    spilled = [record for record in records if record["stack"]]
+    print(f"{len(records)} kernels compiled, {len(spilled)} with a stack")
+    if chosen.output is not None:
+        header = machine.versions()
+        chosen.output.parent.mkdir(parents=True, exist_ok=True)
+        chosen.output.write_text(json.dumps(header | {"records": records}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,604 @@
+"""The Triton kernels of fused_merge_attention. Names: p_ pointers, i_ indices, o_ offsets, b_ blocks, m_ masks.
+
+Logits are kept in base 2: ``scale`` and the bias are multiplied by log2(e) once, and the softmax takes ``exp2``.
+``lse`` is the base-2 logarithm of a row's softmax denominator, and +inf for a row without any key, so that
+``exp2(logit - lse)`` is the attention matrix, with 0 where there is nothing to attend to.
+"""
+
+import triton
+import triton.language as tl
+
+# Counts are not compiled in: a model whose blocks have different numbers of tokens runs the same few kernels.
+COUNTS = (
+    "queries", "keys", "tokens", "programs", "tiles", "rows", "batch", "width", "row_programs", "width_programs",
+    "token_programs", "splits",
+)  # fmt: skip
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(p_x, o_n, count, STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows ``o_n`` [R] of a matrix (count, WIDTH): [R, COLUMNS], zeros past its edges. WHOLE: no row is past them."""
+    o_d = tl.arange(0, COLUMNS)
+    p_rows = p_x + o_n[:, None] * STRIDE + o_d[None, :]
+    if WHOLE and WIDTH == COLUMNS:
+        return tl.load(p_rows)
+    elif WHOLE:
+        return tl.load(p_rows, mask=(o_d < WIDTH)[None, :], other=0.0)
+    elif WIDTH == COLUMNS:
+        return tl.load(p_rows, mask=(o_n < count)[:, None], other=0.0)
+    else:
+        return tl.load(p_rows, mask=(o_n < count)[:, None] & (o_d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p_y, b_y, o_n, count, STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write [R, COLUMNS] to the rows ``o_n`` [R] of a matrix (count, WIDTH)."""
+    o_d = tl.arange(0, COLUMNS)
+    m_rows = (o_n < count)[:, None]
+    if WIDTH != COLUMNS:
+        m_rows = m_rows & (o_d < WIDTH)[None, :]
+    tl.store(p_y + o_n[:, None] * STRIDE + o_d[None, :], b_y.to(p_y.dtype.element_ty), mask=m_rows)
+
+
+@triton.jit
+def store_columns(p_y, b_y, o_n, count, STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write the transpose of [COLUMNS, R] to the rows ``o_n`` [R] of a matrix (count, WIDTH)."""
+    o_d = tl.arange(0, COLUMNS)
+    m_rows = (o_n < count)[None, :]
+    if WIDTH != COLUMNS:
+        m_rows = m_rows & (o_d < WIDTH)[:, None]
+    tl.store(p_y + o_n[None, :] * STRIDE + o_d[:, None], b_y.to(p_y.dtype.element_ty), mask=m_rows)
+
+
+@triton.jit
+def load_gate(p_gate, i_head, o_k, keys, PER_HEAD: tl.constexpr, WHOLE: tl.constexpr):
+    """The gates [R] of the keys ``o_k`` from (keys,) or, PER_HEAD, from (B * H, keys); zeros past the last key."""
+    p_keys = p_gate + o_k
+    if PER_HEAD:
+        p_keys += i_head * keys
+    if WHOLE:
+        return tl.load(p_keys).to(tl.float32)
+    else:
+        return tl.load(p_keys, mask=o_k < keys, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_bias(p_bias, i_head, o_k, keys, PER_HEAD: tl.constexpr, WHOLE: tl.constexpr):
+    """What is added to the base-2 logits of the keys ``o_k`` [R]: their bias, and -inf past the last key."""
+    if p_bias is None:
+        return tl.where(o_k < keys, 0.0, float("-inf"))
+    else:
+        p_keys = p_bias + o_k
+        if PER_HEAD:
+            p_keys += i_head * keys
+        if WHOLE:
+            return tl.load(p_keys).to(tl.float32) * LOG2_E
+        else:
+            return tl.load(p_keys, mask=o_k < keys, other=float("-inf")).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def load_merge(p_merge, stride_merge, o_c, rows, o_n):
+    """A block [R, N] of the merge matrix (rows, padded tokens), whose padding holds zeros."""
+    return tl.load(p_merge + o_c[:, None] * stride_merge + o_n[None, :], mask=(o_c < rows)[:, None], other=0.0)
+
+
+@triton.jit
+def merge_rows(
+    p_merge, p_x, o_c, rows, tokens, stride_merge,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows ``o_c`` [R] of merge (rows, tokens) @ x (tokens, WIDTH): [R, COLUMNS] in x's dtype."""
+    b_y = tl.zeros([o_c.shape[0], COLUMNS], tl.float32)
+    for n in tl.range(0, tokens, CHUNK, num_stages=STAGES):
+        o_n = n + tl.arange(0, CHUNK)
+        b_m = load_merge(p_merge, stride_merge, o_c, rows, o_n)
+        b_x = load_rows(p_x, o_n, tokens, STRIDE, WIDTH, COLUMNS, False)
+        b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
+    return b_y.to(p_x.dtype.element_ty)
+
+
+@triton.jit
+def attend(
+    b_q, b_k, b_v, b_bias, b_max, b_sum, b_out, scale,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: queries [R, D] over a block of keys and values [K, D].
+
+    Takes and returns each row's largest logit [R], sum of exponentials [R] and unnormalised output [R, D].
+    """
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [R, K]
+    if BIASED:
+        b_s += b_bias[None, :]
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    # A row that has met no key yet keeps a finite shift: -inf minus -inf is not a number.
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.exp2(b_s - b_shift[:, None])
+    b_rescale = tl.exp2(b_max - b_shift)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_rescale[:, None], input_precision=PRECISION)
+    return b_new, b_sum, b_out
+
+
+@triton.jit
+def attend_resident(
+    b_q, b_ks, b_vs, p_bias, i_head, keys, scale,
+    BIAS_PER_HEAD: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries [R, D] over all of a head's keys and values, tuples of [PIECE, D]; returns what :func:`attend` does."""
+    b_max = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
+    b_sum = tl.zeros([b_q.shape[0]], tl.float32)
+    b_out = tl.zeros([b_q.shape[0], b_q.shape[1]], tl.float32)
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        o_k = start + tl.arange(0, PIECES[i])
+        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, i + 1 < len(PIECES))
+        b_max, b_sum, b_out = attend(
+            b_q, b_ks[i], b_vs[i], b_bias, b_max, b_sum, b_out, scale,
+            p_bias is not None or i + 1 == len(PIECES), PRECISION,
+        )  # fmt: skip
+        start += PIECES[i]
+    return b_max, b_sum, b_out
+
+
+@triton.jit
+def store_attended(
+    p_out, p_lse, b_max, b_sum, b_out, o_q, queries,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Normalise and write the rows ``o_q`` of the output, and their lse."""
+    m_empty = b_sum == 0
+    store_rows(p_out, b_out / tl.where(m_empty, 1.0, b_sum)[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
+    b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
+    tl.store(p_lse + o_q, b_lse, mask=o_q < queries)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def forward_resident(
+    p_q, p_k, p_v, p_merge, p_gate, p_bias, p_out, p_lse,
+    queries, keys, tokens, stride_merge, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, programs, tiles, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, MERGE_QUERIES: tl.constexpr,
+    PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of short sequences: all keys and values of a head stay on the chip.
+
+    p_q (B, H, tokens of q, WIDTH), p_k, p_v (B, H, tokens, WIDTH), a token every Q_STRIDE and so on
+    p_merge (keys, stride_merge) or None; p_gate, p_bias (keys,) or, PER_HEAD, (B * H, keys), or None
+    p_out (B, queries, H, WIDTH); p_lse (B, H, queries) float32
+
+    PIECES are the blocks of keys, in order; only the last reaches past the last key.
+    """
+    # This program computes `tiles` blocks of ROWS queries of one head; `programs` of them make up the head.
+    i_program = tl.program_id(0)
+    i_head = (i_program // programs).to(tl.int64)
+    i_b = i_head // HEADS
+    i_h = i_head % HEADS
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_out += (i_b * queries * HEADS + i_h) * WIDTH
+    p_lse += i_head * queries
+    scale *= LOG2_E
+    # One block of queries that is also the only block of keys is merged in the same loop as they are.
+    TOGETHER: tl.constexpr = p_merge is not None and MERGE_QUERIES and len(PIECES) == 1 and PIECES[0] == ROWS
+
+    b_ks = ()  # one [PIECE, COLUMNS] for each of PIECES, as are b_vs
+    b_vs = ()
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        o_k = start + tl.arange(0, PIECES[i])
+        if p_merge is not None:
+            b_k = tl.zeros([PIECES[i], COLUMNS], tl.float32)
+            b_v = tl.zeros([PIECES[i], COLUMNS], tl.float32)
+            b_q = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for n in tl.range(0, tokens, CHUNK, num_stages=STAGES):
+                o_n = n + tl.arange(0, CHUNK)
+                b_m = load_merge(p_merge, stride_merge, o_k, keys, o_n)
+                b_x = load_rows(p_k, o_n, tokens, K_STRIDE, WIDTH, COLUMNS, False)
+                b_k = tl.dot(b_m, b_x, b_k, input_precision=PRECISION)
+                b_x = load_rows(p_v, o_n, tokens, V_STRIDE, WIDTH, COLUMNS, False)
+                b_v = tl.dot(b_m, b_x, b_v, input_precision=PRECISION)
+                if TOGETHER:
+                    b_x = load_rows(p_q, o_n, tokens, Q_STRIDE, WIDTH, COLUMNS, False)
+                    b_q = tl.dot(b_m, b_x, b_q, input_precision=PRECISION)
+            b_q = b_q.to(p_q.dtype.element_ty)
+        else:
+            b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
+            b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
+        if p_gate is not None:
+            # Gating the values once costs less than gating the attention matrix in every block of queries.
+            b_v *= load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, i + 1 < len(PIECES))[:, None]
+        b_ks += (b_k.to(p_k.dtype.element_ty),)
+        b_vs += (b_v.to(p_v.dtype.element_ty),)
+        start += PIECES[i]
+
+    if TOGETHER:
+        o_q = tl.arange(0, ROWS)
+        b_max, b_sum, b_out = attend_resident(
+            b_q, b_ks, b_vs, p_bias, i_head, keys, scale, BIAS_PER_HEAD, PIECES, PRECISION
+        )
+        store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
+    else:
+        first = (i_program % programs) * tiles
+        for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(queries, ROWS)), num_stages=1):
+            o_q = tile * ROWS + tl.arange(0, ROWS)
+            if p_merge is not None and MERGE_QUERIES:
+                b_q = merge_rows(
+                    p_merge, p_q, o_q, queries, tokens, stride_merge,
+                    Q_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
+                )  # fmt: skip
+            else:
+                b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
+            b_max, b_sum, b_out = attend_resident(
+                b_q, b_ks, b_vs, p_bias, i_head, keys, scale, BIAS_PER_HEAD, PIECES, PRECISION
+            )
+            store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def forward_streaming(
+    p_q, p_k, p_v, p_gate, p_bias, p_out, p_lse,
+    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, programs, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of long sequences: keys and values pass by in blocks of STEP.
+
+    p_q (B, H, queries, WIDTH), p_k, p_v (B, H, keys, WIDTH), a token every Q_STRIDE and so on
+    p_gate, p_bias (keys,) or, PER_HEAD, (B * H, keys), or None
+    p_out (B, queries, H, WIDTH); p_lse (B, H, queries) float32
+    """
+    # This program computes one block of ROWS queries of one head; `programs` of them make up the head.
+    i_program = tl.program_id(0)
+    i_head = (i_program // programs).to(tl.int64)
+    i_b = i_head // HEADS
+    i_h = i_head % HEADS
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_out += (i_b * queries * HEADS + i_h) * WIDTH
+    p_lse += i_head * queries
+    scale *= LOG2_E
+
+    o_q = (i_program % programs) * ROWS + tl.arange(0, ROWS)
+    b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, keys, STEP):
+        o_k = start + tl.arange(0, STEP)
+        b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
+        b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
+        if p_gate is not None:
+            b_v = (b_v * load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)[:, None]).to(b_v.dtype)
+        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+        b_max, b_sum, b_out = attend(b_q, b_k, b_v, b_bias, b_max, b_sum, b_out, scale, True, PRECISION)
+    store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def backward_resident(
+    p_q, p_k, p_v, p_merge, p_gate, p_bias, p_out, p_dout, p_lse, p_dq, p_dk, p_dv, p_dgate, p_dbias,
+    queries, keys, tokens, stride_merge, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_doutb, stride_douth, stride_dqb, stride_dkb, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
+    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, MERGE_QUERIES: tl.constexpr,
+    PIECES: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of attention in one pass, for few queries: they stay on the chip while the keys pass by.
+
+    p_q, p_k, p_v, p_merge, p_gate, p_bias: as in forward_resident; p_out (B, queries, H, WIDTH)
+    p_dout (B, H, queries, WIDTH), a token every DOUT_STRIDE; p_lse (B, H, queries) float32
+    p_dq, p_dk, p_dv: gradients of the merged q, k, v, (B, rows, 3, H, WIDTH) each from its own third on,
+    with p_dk and p_dv in one buffer; p_dgate, p_dbias (B, H, keys) float32 or None
+
+    PIECES are the blocks of queries, in order; only the last reaches past the last query. The gradient of the gate is
+    the column sum of attention * (dout v^T), which is here before dv is. TRANSPOSED forms dk and dv as [D, K], where
+    the matrix unit's 64 rows are the head's width, so that STEP may be small.
+    """
+    # This program computes every gradient of one head.
+    i_head = tl.program_id(0).to(tl.int64)
+    i_b = i_head // HEADS
+    i_h = i_head % HEADS
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_out += (i_b * queries * HEADS + i_h) * WIDTH
+    p_dout += i_b * stride_doutb + i_h * stride_douth
+    p_lse += i_head * queries
+    p_dq += i_b * stride_dqb + i_h * WIDTH
+    p_dk += i_b * stride_dkb + i_h * WIDTH
+    p_dv += i_b * stride_dkb + i_h * WIDTH
+    base2 = scale * LOG2_E
+    GRADIENT: tl.constexpr = 3 * HEADS * WIDTH  # the stride of tokens in p_dq, p_dk, p_dv
+
+    b_qs = ()  # one [PIECE, COLUMNS] for each of PIECES, as are b_douts and b_dqs
+    b_douts = ()
+    b_dqs = ()
+    b_lses = ()  # one [PIECE] for each of PIECES, as is b_deltas
+    b_deltas = ()
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        o_q = start + tl.arange(0, PIECES[i])
+        if p_merge is not None and MERGE_QUERIES:
+            b_q = merge_rows(
+                p_merge, p_q, o_q, queries, tokens, stride_merge,
+                Q_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
+            )  # fmt: skip
+        else:
+            b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
+        b_out = load_rows(p_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS, i + 1 < len(PIECES))
+        b_dout = load_rows(p_dout, o_q, queries, DOUT_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
+        b_qs += (b_q,)
+        b_douts += (b_dout,)
+        b_dqs += (tl.zeros([PIECES[i], COLUMNS], tl.float32),)
+        b_lses += (tl.load(p_lse + o_q, mask=o_q < queries, other=float("inf")),)
+        b_deltas += (tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1),)
+        start += PIECES[i]
+
+    for key in tl.range(0, keys, STEP, num_stages=STAGES):
+        o_k = key + tl.arange(0, STEP)
+        if p_merge is not None:
+            b_k = merge_rows(
+                p_merge, p_k, o_k, keys, tokens, stride_merge,
+                K_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
+            )  # fmt: skip
+            b_v = merge_rows(
+                p_merge, p_v, o_k, keys, tokens, stride_merge,
+                V_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
+            )  # fmt: skip
+        else:
+            b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
+            b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
+        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+        b_dgate = tl.zeros([STEP], tl.float32)
+        b_dbias = tl.zeros([STEP], tl.float32)
+        if TRANSPOSED:
+            b_dk = tl.zeros([COLUMNS, STEP], tl.float32)
+            b_dv = tl.zeros([COLUMNS, STEP], tl.float32)
+        else:
+            b_dk = tl.zeros([STEP, COLUMNS], tl.float32)
+            b_dv = tl.zeros([STEP, COLUMNS], tl.float32)
+        if p_gate is not None:
+            b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)
+        b_summed_dqs = ()
+        for i in tl.static_range(len(PIECES)):
+            # ds is finished before any product accumulates: fewer registers are live.
+            b_s = tl.dot(b_qs[i], tl.trans(b_k), input_precision=PRECISION) * base2 + b_bias[None, :]  # [PIECE, STEP]
+            b_p = tl.exp2(b_s - b_lses[i][:, None])
+            b_dp = tl.dot(b_douts[i], tl.trans(b_v), input_precision=PRECISION)
+            if p_dgate is not None:
+                b_dgate += tl.sum(b_p * b_dp, 0)
+            if p_gate is not None:
+                b_dp *= b_gate[None, :]
+            b_ds = b_p * (b_dp - b_deltas[i][:, None])
+            if p_dbias is not None:
+                b_dbias += tl.sum(b_ds, 0)
+            b_p = b_p.to(p_dout.dtype.element_ty)
+            b_ds = b_ds.to(p_q.dtype.element_ty)
+            if TRANSPOSED:
+                b_dv = tl.dot(tl.trans(b_douts[i]), b_p, b_dv, input_precision=PRECISION)
+                b_dk = tl.dot(tl.trans(b_qs[i]), b_ds, b_dk, input_precision=PRECISION)
+            else:
+                b_dv = tl.dot(tl.trans(b_p), b_douts[i], b_dv, input_precision=PRECISION)
+                b_dk = tl.dot(tl.trans(b_ds), b_qs[i], b_dk, input_precision=PRECISION)
+            b_summed_dqs += (tl.dot(b_ds, b_k, b_dqs[i], input_precision=PRECISION),)
+        b_dqs = b_summed_dqs
+        if TRANSPOSED:
+            if p_gate is not None:
+                b_dv *= b_gate[None, :]
+            store_columns(p_dv, b_dv, o_k, keys, GRADIENT, WIDTH, COLUMNS)
+            store_columns(p_dk, b_dk * scale, o_k, keys, GRADIENT, WIDTH, COLUMNS)
+        else:
+            if p_gate is not None:
+                b_dv *= b_gate[:, None]
+            store_rows(p_dv, b_dv, o_k, keys, GRADIENT, WIDTH, COLUMNS)
+            store_rows(p_dk, b_dk * scale, o_k, keys, GRADIENT, WIDTH, COLUMNS)
+        if p_dgate is not None:
+            tl.store(p_dgate + i_head * keys + o_k, b_dgate, mask=o_k < keys)
+        if p_dbias is not None:
+            tl.store(p_dbias + i_head * keys + o_k, b_dbias, mask=o_k < keys)
+
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        o_q = start + tl.arange(0, PIECES[i])
+        store_rows(p_dq, b_dqs[i] * scale, o_q, queries, GRADIENT, WIDTH, COLUMNS)
+        start += PIECES[i]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def backward_queries(
+    p_q, p_k, p_v, p_gate, p_bias, p_out, p_dout, p_lse, p_delta, p_dq,
+    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_doutb, stride_douth, stride_dqb, programs, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
+    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The queries' gradient for long sequences, and each query's delta, the product of its output and gradient.
+
+    p_delta (B, H, queries) float32, written here for backward_keys; the other pointers as in backward_resident
+    """
+    # This program computes one block of ROWS queries of one head; `programs` of them make up the head.
+    i_program = tl.program_id(0)
+    i_head = (i_program // programs).to(tl.int64)
+    i_b = i_head // HEADS
+    i_h = i_head % HEADS
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_out += (i_b * queries * HEADS + i_h) * WIDTH
+    p_dout += i_b * stride_doutb + i_h * stride_douth
+    p_dq += i_b * stride_dqb + i_h * WIDTH
+    base2 = scale * LOG2_E
+
+    o_q = (i_program % programs) * ROWS + tl.arange(0, ROWS)
+    b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
+    b_out = load_rows(p_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS, False)
+    b_dout = load_rows(p_dout, o_q, queries, DOUT_STRIDE, WIDTH, COLUMNS, False)
+    b_lse = tl.load(p_lse + i_head * queries + o_q, mask=o_q < queries, other=float("inf"))
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    tl.store(p_delta + i_head * queries + o_q, b_delta, mask=o_q < queries)
+    b_dq = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for key in range(0, keys, STEP):
+        o_k = key + tl.arange(0, STEP)
+        b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
+        b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
+        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * base2 + b_bias[None, :]  # [ROWS, STEP]
+        b_p = tl.exp2(b_s - b_lse[:, None])
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+        if p_gate is not None:
+            b_dp *= load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)[None, :]
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+    store_rows(p_dq, b_dq * scale, o_q, queries, 3 * HEADS * WIDTH, WIDTH, COLUMNS)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def backward_keys(
+    p_q, p_k, p_v, p_gate, p_bias, p_dout, p_lse, p_delta, p_dk, p_dv, p_dgate, p_dbias,
+    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_doutb, stride_douth, stride_dkb, programs, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
+    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
+    KEYS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of keys, values, gate and bias for long sequences: queries pass by in blocks of STEP.
+
+    p_delta (B, H, queries) float32, from backward_queries; the other pointers as in backward_resident
+    """
+    # This program computes one block of KEYS keys of one head; `programs` of them make up the head.
+    i_program = tl.program_id(0)
+    i_head = (i_program // programs).to(tl.int64)
+    i_b = i_head // HEADS
+    i_h = i_head % HEADS
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_dout += i_b * stride_doutb + i_h * stride_douth
+    p_dk += i_b * stride_dkb + i_h * WIDTH
+    p_dv += i_b * stride_dkb + i_h * WIDTH
+    base2 = scale * LOG2_E
+
+    o_k = (i_program % programs) * KEYS + tl.arange(0, KEYS)
+    b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
+    b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
+    b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+    if p_gate is not None:
+        b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)
+    b_dgate = tl.zeros([KEYS], tl.float32)
+    b_dbias = tl.zeros([KEYS], tl.float32)
+    b_dk = tl.zeros([KEYS, COLUMNS], tl.float32)
+    b_dv = tl.zeros([KEYS, COLUMNS], tl.float32)
+    for query in range(0, queries, STEP):
+        o_q = query + tl.arange(0, STEP)
+        b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
+        b_dout = load_rows(p_dout, o_q, queries, DOUT_STRIDE, WIDTH, COLUMNS, False)
+        b_lse = tl.load(p_lse + i_head * queries + o_q, mask=o_q < queries, other=float("inf"))
+        b_delta = tl.load(p_delta + i_head * queries + o_q, mask=o_q < queries, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * base2 + b_bias[:, None]  # [KEYS, STEP]
+        b_p = tl.exp2(b_s - b_lse[None, :])
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+        if p_dgate is not None:
+            b_dgate += tl.sum(b_p * b_dp, 1)
+        if p_gate is not None:
+            b_dp *= b_gate[:, None]
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        if p_dbias is not None:
+            b_dbias += tl.sum(b_ds, 1)
+        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    if p_gate is not None:
+        b_dv *= b_gate[:, None]
+    store_rows(p_dv, b_dv, o_k, keys, 3 * HEADS * WIDTH, WIDTH, COLUMNS)
+    store_rows(p_dk, b_dk * scale, o_k, keys, 3 * HEADS * WIDTH, WIDTH, COLUMNS)
+    if p_dgate is not None:
+        tl.store(p_dgate + i_head * keys + o_k, b_dgate, mask=o_k < keys)
+    if p_dbias is not None:
+        tl.store(p_dbias + i_head * keys + o_k, b_dbias, mask=o_k < keys)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def merge_tokens(
+    p_merge, p_x, p_y, rows, tokens, padded, stride_merge, stride_xb, stride_xn, stride_yb, stride_yn, width,
+    row_programs, width_programs,
+    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Merge tokens outside of the attention: y[b] = merge @ x[b], or its gradient, merge^T @ x[b].
+
+    p_merge (rows, stride_merge), or TRANSPOSED (tokens, stride_merge), zeros from its last token to `padded`, a
+    multiple of CHUNK; p_x (B, tokens, width), p_y (B, rows, width), any strides with a contiguous last dimension
+    """
+    # This program computes one block [ROWS, COLUMNS] of one image's y.
+    i_program = tl.program_id(0)
+    i_row = i_program % row_programs
+    i_width = i_program // row_programs % width_programs
+    i_b = (i_program // row_programs // width_programs).to(tl.int64)
+    p_x += i_b * stride_xb
+    p_y += i_b * stride_yb
+    o_r = i_row * ROWS + tl.arange(0, ROWS)
+    o_w = i_width * COLUMNS + tl.arange(0, COLUMNS)
+    m_w = (o_w < width)[None, :]
+    b_y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for n in range(0, tokens, CHUNK):
+        o_n = n + tl.arange(0, CHUNK)
+        if TRANSPOSED:
+            p_block = p_merge + o_n[:, None] * stride_merge + o_r[None, :]
+            b_m = tl.trans(tl.load(p_block, mask=(o_n < tokens)[:, None] & (o_r < padded)[None, :], other=0.0))
+        else:
+            b_m = load_merge(p_merge, stride_merge, o_r, rows, o_n)
+        b_x = tl.load(p_x + o_n[:, None] * stride_xn + o_w[None, :], mask=(o_n < tokens)[:, None] & m_w, other=0.0)
+        b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
+    p_block = p_y + o_r[:, None] * stride_yn + o_w[None, :]
+    tl.store(p_block, b_y.to(p_y.dtype.element_ty), mask=(o_r < rows)[:, None] & m_w)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def merge_gradient(
+    p_q, p_k, p_v, p_dq, p_dk, p_dv, p_partial,
+    batch, rows, tokens, width, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
+    stride_dyb, stride_dyn, row_programs, token_programs, splits,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The merge matrix's gradient, summed over images and heads: dq q^T + dk k^T + dv v^T, in `splits` parts.
+
+    p_q (None where queries are not merged), p_k, p_v (B, tokens, width), width = H * d
+    p_dq, p_dk, p_dv (B, rows, width), one pair of strides; p_partial (splits, rows, tokens) float32
+    """
+    # This program sums one block [ROWS, TOKENS] over every `splits`-th image.
+    i_program = tl.program_id(0)
+    i_row = i_program % row_programs
+    i_token = i_program // row_programs % token_programs
+    i_split = i_program // row_programs // token_programs
+    o_r = i_row * ROWS + tl.arange(0, ROWS)
+    o_n = i_token * TOKENS + tl.arange(0, TOKENS)
+    i_b = i_split.to(tl.int64)
+    b_sum = tl.zeros([ROWS, TOKENS], tl.float32)
+    for _ in range(i_split, batch, splits):
+        for w in range(0, width, CHUNK):
+            o_w = w + tl.arange(0, CHUNK)
+            m_y = (o_r < rows)[:, None] & (o_w < width)[None, :]
+            m_x = (o_n < tokens)[:, None] & (o_w < width)[None, :]
+            o_y = i_b * stride_dyb + (o_r[:, None] * stride_dyn + o_w[None, :])
+            if p_q is not None:
+                b_dy = tl.load(p_dq + o_y, mask=m_y, other=0.0)
+                b_x = tl.load(p_q + i_b * stride_qb + (o_n[:, None] * stride_qn + o_w[None, :]), mask=m_x, other=0.0)
+                b_sum = tl.dot(b_dy, tl.trans(b_x), b_sum, input_precision=PRECISION)
+            b_dy = tl.load(p_dk + o_y, mask=m_y, other=0.0)
+            b_x = tl.load(p_k + i_b * stride_kb + (o_n[:, None] * stride_kn + o_w[None, :]), mask=m_x, other=0.0)
+            b_sum = tl.dot(b_dy, tl.trans(b_x), b_sum, input_precision=PRECISION)
+            b_dy = tl.load(p_dv + o_y, mask=m_y, other=0.0)
+            b_x = tl.load(p_v + i_b * stride_vb + (o_n[:, None] * stride_vn + o_w[None, :]), mask=m_x, other=0.0)
+            b_sum = tl.dot(b_dy, tl.trans(b_x), b_sum, input_precision=PRECISION)
+        i_b += splits
+    p_block = p_partial + (i_split * rows + o_r[:, None]).to(tl.int64) * tokens + o_n[None, :]
+    tl.store(p_block, b_sum, mask=(o_r < rows)[:, None] & (o_n < tokens)[None, :])

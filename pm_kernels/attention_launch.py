@@ -1,0 +1,442 @@
+"""Which kernels fused_merge_attention launches for given inputs: grids, block sizes, and buffers for the results.
+
+A plan is made from shapes, strides and dtypes alone, so that it can be made, and its kernels compiled, for a device
+that is not there.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import attention_kernels as kernels
+from .launch import Device, Launch
+
+CHUNK = 32  # tokens that a merge reads at a time; merge matrices are padded to a multiple of it
+RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a head width of 64
+
+
+class Tiles(NamedTuple):
+    """Block sizes of a kernel."""
+
+    pieces: tuple[int, ...]  # what stays on the chip, in order
+    step: int  # what passes by at a time
+    warps: int
+    stages: int
+
+
+class Forward(NamedTuple):
+    """What the forward launches, in order, and the buffers that it fills."""
+
+    launches: list[Launch]
+    out: Tensor  # (B, H, queries, d), in memory (B, queries, H, d)
+    lse: Tensor  # (B, H, queries) float32, base 2
+
+
+class Backward(NamedTuple):
+    """What the backward launches, in order, and the buffers that it fills; None where no gradient is asked for."""
+
+    launches: list[Launch]
+    dqkv: Tensor  # (B, tokens, 3, H, d)
+    partial_dmerge: Tensor | None  # (parts, C, N) float32
+    dgate: Tensor | None  # (B, H, keys) float32
+    dbias: Tensor | None  # (B, H, keys) float32
+
+
+def pieces(count: int) -> tuple[int, ...]:
+    """Blocks of 64, and a last one of 16, 32 or 64, that cover ``count`` with only the last reaching past it."""
+    whole, rest = divmod(count - 1, 64)
+    last = next(size for size in (16, 32, 64) if rest < size)
+    return (64,) * whole + (last,)
+
+
+def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bool) -> Tiles | None:
+    """Blocks of keys, rows of queries; None where the keys do not fit on the chip."""
+    limit = RESIDENT if columns <= 64 and size == 2 else RESIDENT // 2
+    if keys > limit:
+        return None
+    if not merged:
+        return Tiles(pieces(keys), 64, 4, 1)
+    if columns > 64 or size == 4:
+        return Tiles((64,), 64, 4, 1) if keys <= 64 and columns <= 64 else None
+    if 64 < keys <= 128:
+        return Tiles((128,), 128, 8, 1)
+    blocks = max(1, -(-keys // 64))
+    return Tiles((64,) * blocks, 64 if blocks == 1 or device.family > 80 else 32, 4, 1)
+
+
+def backward_tiles(device: Device, size: int, columns: int, queries: int) -> Tiles | None:
+    """Blocks of queries, step of keys; None where the queries do not fit on the chip."""
+    # The larger half of the table takes up to 149 KiB of shared memory, which consumer devices do not have.
+    limit = RESIDENT if device.shared >= 160 * 1024 else RESIDENT // 2
+    if columns > 64 or size == 4 or queries > limit:
+        return None
+    blocks = max(1, -(-queries // 64))
+    table = {
+        80: (
+            Tiles((64,), 16, 4, 2),
+            Tiles((128,), 16, 4, 2),
+            Tiles((128, 64), 16, 8, 1),
+            Tiles((256,), 16, 8, 1),
+        ),
+        90: (
+            Tiles((64,), 32, 4, 2),
+            Tiles((128,), 32, 8, 2),
+            Tiles((128, 64), 16, 4, 2),
+            Tiles((256,), 32, 8, 2),
+        ),
+        100: (
+            Tiles((64,), 32, 4, 2),
+            Tiles((128,), 32, 8, 2),
+            Tiles((64, 64, 64), 32, 8, 2),
+            Tiles((256,), 32, 8, 2),
+        ),
+    }
+    return table[device.family][blocks - 1]
+
+
+def plan_forward(
+    device: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    merge: Tensor | None,
+    gate: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    merge_queries: bool,
+) -> Forward:
+    """Shapes as in :func:`pm_kernels.fused_merge_attention`."""
+    batch, heads, _, width = q.shape
+    q, k, v = map(_addressable, (q, k, v))
+    columns = max(16, _power_of_two(width))
+    size = 2 if device.interpreter else q.element_size()
+    launches = []
+    keys = k.shape[2] if merge is None else merge.shape[0]
+    queries = merge.shape[0] if merge is not None and merge_queries else q.shape[2]
+    tiles = forward_tiles(device, size, columns, keys, merge is not None)
+    if merge is not None and tiles is None:
+        merging, (q, k, v) = _merged(q, k, v, merge, merge_queries)
+        launches += merging
+        merge, tiles = None, forward_tiles(device, size, columns, keys, False)
+    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    shared = _attention_arguments(q, k, v, gate, key_bias, keys) | {
+        "p_out": out,
+        "p_lse": lse,
+        "queries": queries,
+        "scale": scale,
+        "COLUMNS": columns,
+        "PRECISION": _precision(q),
+    }
+    if tiles is None:
+        rows, step = (128, 64) if columns <= 64 and size == 2 else (64, 32)
+        programs = -(-queries // rows)
+        launches.append(
+            Launch(
+                kernels.forward_streaming,
+                batch * heads * programs,
+                shared | {"programs": programs, "ROWS": rows, "STEP": step},
+                warps=rows // 16,
+                stages=2,
+            )
+        )
+        return Forward(launches, out, lse)
+    blocks = -(-queries // tiles.step)
+    # A head's keys and values are loaded once for all its queries where there are heads enough to fill the device.
+    per_program = blocks if batch * heads >= 2 * device.multiprocessors else 1
+    programs = -(-blocks // per_program)
+    launches.append(
+        Launch(
+            kernels.forward_resident,
+            batch * heads * programs,
+            shared
+            | _merge_arguments(merge, k.shape[2])
+            | {
+                "programs": programs,
+                "tiles": per_program,
+                "MERGE_QUERIES": merge_queries,
+                "PIECES": tiles.pieces,
+                "ROWS": tiles.step,
+                "STAGES": tiles.stages,
+            },
+            warps=tiles.warps,
+            stages=1,
+        )
+    )
+    return Forward(launches, out, lse)
+
+
+def plan_backward(
+    device: Device,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    merge: Tensor | None,
+    gate: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    merge_queries: bool,
+    wanted: tuple[bool, bool, bool],
+) -> Backward:
+    """Shapes as in :func:`pm_kernels.fused_merge_attention`; ``wanted``: gradients of merge, gate, key_bias."""
+    batch, heads, _, width = q.shape
+    q, k, v, dout = map(_addressable, (q, k, v, dout))
+    columns = max(16, _power_of_two(width))
+    size = 2 if device.interpreter else q.element_size()
+    tokens, queries = k.shape[2], lse.shape[2]
+    keys = tokens if merge is None else merge.shape[0]
+    like = {"dtype": torch.float32, "device": q.device}
+    dgate = torch.empty(batch, heads, keys, **like) if wanted[1] else None
+    dbias = torch.empty(batch, heads, keys, **like) if wanted[2] else None
+    # Where a tensor has fewer tokens than another, its gradient's last rows are nobody's, and are left 0.
+    allocate = torch.empty if q.shape[2] == tokens else torch.zeros
+    dqkv = allocate(batch, max(q.shape[2], tokens), 3, heads, width, dtype=q.dtype, device=q.device)
+    tiles = backward_tiles(device, size, columns, queries)
+    launches = []
+    inputs, merged_gradient = (q, k, v), dqkv
+    if merge is not None:
+        merged_gradient = torch.empty(batch, keys, 3, heads, width, dtype=q.dtype, device=q.device)
+        if tiles is None or keys > RESIDENT:
+            launches, inputs = _merged(q, k, v, merge, merge_queries)
+    fused_merge = merge if inputs[1] is k else None
+    dq = (merged_gradient if merge is not None and merge_queries else dqkv)[:, :, 0]
+    dk, dv = merged_gradient[:, :, 1], merged_gradient[:, :, 2]
+    shared = _attention_arguments(*inputs, gate, key_bias, keys) | {
+        "p_dout": dout,
+        "p_lse": lse,
+        "queries": queries,
+        "stride_doutb": dout.stride(0),
+        "stride_douth": dout.stride(1),
+        "DOUT_STRIDE": dout.stride(2),
+        "scale": scale,
+        "COLUMNS": columns,
+        "PRECISION": _precision(q),
+    }
+    of_queries = {"p_out": out, "p_dq": dq, "stride_dqb": dq.stride(0)}
+    of_keys = {"p_dk": dk, "p_dv": dv, "p_dgate": dgate, "p_dbias": dbias, "stride_dkb": dk.stride(0)}
+    if tiles is not None:
+        launches.append(
+            Launch(
+                kernels.backward_resident,
+                batch * heads,
+                shared
+                | of_queries
+                | of_keys
+                | _merge_arguments(fused_merge, tokens)
+                | {
+                    "MERGE_QUERIES": merge_queries,
+                    "PIECES": tiles.pieces,
+                    "STEP": tiles.step,
+                    "STAGES": tiles.stages,
+                    # On the older matrix units the same form, and on the newest the plain one, needs fewer registers.
+                    "TRANSPOSED": device.family < 100,
+                },
+                warps=tiles.warps,
+                stages=tiles.stages,
+            )
+        )
+    else:
+        delta = torch.empty_like(lse)
+        rows, step = (64, 64) if columns <= 64 and size == 2 else (64, 32)
+        warps = 4
+        query_programs, key_programs = -(-queries // rows), -(-keys // rows)
+        launches.append(
+            Launch(
+                kernels.backward_queries,
+                batch * heads * query_programs,
+                shared | of_queries | {"p_delta": delta, "programs": query_programs, "ROWS": rows, "STEP": step},
+                warps=warps,
+                stages=2,
+            )
+        )
+        launches.append(
+            Launch(
+                kernels.backward_keys,
+                batch * heads * key_programs,
+                shared | of_keys | {"p_delta": delta, "programs": key_programs, "KEYS": rows, "STEP": step},
+                warps=warps,
+                stages=2,
+            )
+        )
+    partial = None
+    if merge is not None:
+        padded = _padded(merge)
+        first = 0 if merge_queries else 1
+        source = merged_gradient[:, :, first:].flatten(2)
+        target = dqkv[:, :tokens, first:].view(batch, tokens, -1)
+        launches.append(_merge_launch(padded, source, target, transposed=True))
+        if wanted[0]:
+            launch, partial = _merge_gradient_launch(device, q, k, v, merged_gradient, merge, merge_queries)
+            launches.append(launch)
+    return Backward(launches, dqkv, partial, dgate, dbias)
+
+
+def _attention_arguments(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, key_bias: Tensor | None, keys: int
+) -> dict[str, Any]:
+    batch, heads, _, width = q.shape
+    gate, gate_per_head = _per_key(gate, batch, heads, keys)
+    key_bias, bias_per_head = _per_key(key_bias, batch, heads, keys)
+    return {
+        "p_q": q,
+        "p_k": k,
+        "p_v": v,
+        "p_gate": gate,
+        "p_bias": key_bias,
+        "keys": keys,
+        "stride_qb": q.stride(0),
+        "stride_qh": q.stride(1),
+        "stride_kb": k.stride(0),
+        "stride_kh": k.stride(1),
+        "stride_vb": v.stride(0),
+        "stride_vh": v.stride(1),
+        "HEADS": heads,
+        "WIDTH": width,
+        "Q_STRIDE": q.stride(2),
+        "K_STRIDE": k.stride(2),
+        "V_STRIDE": v.stride(2),
+        "GATE_PER_HEAD": gate_per_head,
+        "BIAS_PER_HEAD": bias_per_head,
+    }
+
+
+def _merge_arguments(merge: Tensor | None, tokens: int) -> dict[str, Any]:
+    padded = None if merge is None else _padded(merge)
+    return {
+        "p_merge": padded,
+        "tokens": tokens,
+        "stride_merge": 0 if padded is None else padded.stride(0),
+        "CHUNK": CHUNK,
+    }
+
+
+def _merged(
+    q: Tensor, k: Tensor, v: Tensor, merge: Tensor, merge_queries: bool
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """Launches that merge q, k, v in memory, and the merged ones: for sequences too long to merge on the chip."""
+    batch, heads, _, width = q.shape
+    padded = _padded(merge)
+    buffer = torch.empty(batch, len(merge), 3, heads, width, dtype=q.dtype, device=q.device)
+    launches, merged = [], []
+    for index, x in enumerate((q, k, v)):
+        if index == 0 and not merge_queries:
+            merged.append(q)
+            continue
+        target = buffer[:, :, index]
+        launches.append(_merge_launch(padded, _flat_heads(x), target.view(batch, len(merge), -1)))
+        merged.append(target.transpose(1, 2))
+    return launches, tuple(merged)
+
+
+def _merge_launch(padded: Tensor, x: Tensor, y: Tensor, transposed: bool = False) -> Launch:
+    """y (B, M, W) = merge @ x, or merge^T @ x, for x (B, N, W)."""
+    batch, tokens, width = x.shape
+    rows = y.shape[1]
+    row_programs, width_programs = -(-rows // 128), -(-width // 64)
+    arguments = {
+        "p_merge": padded,
+        "p_x": x,
+        "p_y": y,
+        "rows": rows,
+        "tokens": tokens,
+        "padded": padded.shape[1],
+        "stride_merge": padded.stride(0),
+        "stride_xb": x.stride(0),
+        "stride_xn": x.stride(1),
+        "stride_yb": y.stride(0),
+        "stride_yn": y.stride(1),
+        "width": width,
+        "row_programs": row_programs,
+        "width_programs": width_programs,
+        "TRANSPOSED": transposed,
+        "ROWS": 128,
+        "COLUMNS": 64,
+        "CHUNK": CHUNK,
+        "PRECISION": _precision(x),
+    }
+    return Launch(kernels.merge_tokens, batch * row_programs * width_programs, arguments, warps=4, stages=3)
+
+
+def _merge_gradient_launch(
+    device: Device, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, merge: Tensor, merge_queries: bool
+) -> tuple[Launch, Tensor]:
+    """``gradient`` (B, C, 3, H, d), of the merged q, k, v."""
+    batch, (rows, tokens) = q.shape[0], merge.shape
+    row_programs, token_programs = -(-rows // 64), -(-tokens // 64)
+    splits = max(1, min(batch, 2 * device.multiprocessors // (row_programs * token_programs)))
+    partial = torch.empty(splits, rows, tokens, dtype=torch.float32, device=q.device)
+    q, k, v = (_flat_heads(x) for x in (q, k, v))
+    dq, dk, dv = (gradient[:, :, index].flatten(2) for index in range(3))
+    arguments = {
+        "p_q": q if merge_queries else None,
+        "p_k": k,
+        "p_v": v,
+        "p_dq": dq,
+        "p_dk": dk,
+        "p_dv": dv,
+        "p_partial": partial,
+        "batch": batch,
+        "rows": rows,
+        "tokens": tokens,
+        "width": k.shape[2],
+        "stride_qb": q.stride(0),
+        "stride_qn": q.stride(1),
+        "stride_kb": k.stride(0),
+        "stride_kn": k.stride(1),
+        "stride_vb": v.stride(0),
+        "stride_vn": v.stride(1),
+        "stride_dyb": dk.stride(0),
+        "stride_dyn": dk.stride(1),
+        "row_programs": row_programs,
+        "token_programs": token_programs,
+        "splits": splits,
+        "ROWS": 64,
+        "TOKENS": 64,
+        "CHUNK": 64 if k.element_size() == 2 else 32,
+        "PRECISION": _precision(k),
+    }
+    grid = row_programs * token_programs * splits
+    return Launch(kernels.merge_gradient, grid, arguments, warps=4, stages=2), partial
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """x (B, H, N, d) as the kernels address it: contiguous rows, and a head's rows within 2^31 elements."""
+    if x.stride(3) == 1 and x.stride(2) * max(1, x.shape[2] - 1) < 2**31 - x.shape[3]:
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flat_heads(x: Tensor) -> Tensor:
+    """x (B, H, N, d) as (B, N, H * d): a view where heads lie side by side, as in a packed projection."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _padded(merge: Tensor) -> Tensor:
+    """The merge matrix with zeros after its last column, up to a multiple of CHUNK, for wide loads."""
+    missing = -merge.shape[1] % CHUNK
+    return F.pad(merge, (0, missing)) if missing else merge.contiguous()
+
+
+def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[Tensor | None, bool]:
+    """Gate or bias as (keys,), or as (B, H, keys) and True where it differs between images or heads."""
+    if values is None:
+        return None, False
+    if values.dtype == torch.float64:
+        values = values.float()
+    if values.numel() == values.shape[-1]:
+        return values.reshape(-1).expand(keys).contiguous(), False
+    return values.expand(batch, heads, keys).contiguous(), True
+
+
+def _precision(x: Tensor) -> str:
+    """How products of float32 are taken, by PyTorch's own setting for matrix products."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()

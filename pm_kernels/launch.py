@@ -1,0 +1,56 @@
+"""A kernel launch as a value, and the device that it is planned for."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Device(NamedTuple):
+    """What a plan needs to know of a device.
+
+    Args:
+        family: 80, 90 or 100, whose block sizes it takes.
+        multiprocessors: how many programs run at once, at least.
+        shared: bytes of shared memory that a program may have.
+        interpreter: kernels run in Triton's interpreter, on a CPU.
+    """
+
+    family: int
+    multiprocessors: int
+    shared: int
+    interpreter: bool = False
+
+
+class Launch(NamedTuple):
+    """One kernel, its number of programs, its arguments by name, and its options."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Raises ValueError where the grid is larger than a device takes."""
+        if self.programs == 0:
+            return
+        if self.programs >= 2**31:
+            raise ValueError(f"{self.kernel.__name__} would need {self.programs} programs, more than 2^31 - 1")
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Contraction of products and sums is asked for by name because its default changes between Triton's versions.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+INTERPRETER = Device(family=90, multiprocessors=1, shared=2**30, interpreter=True)
+
+
+@functools.cache
+def cuda_device(index: int) -> Device:
+    """The device of that index, planned for by what its architecture has in common with another's."""
+    properties = torch.cuda.get_device_properties(index)
+    family = {9: 90, 10: 100}.get(properties.major, 80)
+    return Device(family, properties.multi_processor_count, properties.shared_memory_per_block_optin)
