@@ -128,6 +128,7 @@ def compile_for(target: Target, launch: NamedTuple) -> dict:
     return {
         "kernel": launch.kernel.__name__,
         "blocks": blocks,
+        "merging": launch.arguments.get("p_merge") is not None,
         "warps": launch.warps,
         "stages": launch.stages,
         "registers": registers,
@@ -187,17 +188,14 @@ def reports(chosen: Iterable[Case]) -> Iterator[list[dict]]:
 
 def row(record: dict) -> str:
     """One line of the printed table."""
-    options = "merged to {merged}" if record["merged"] else ""
-    options = options.format(**record) + ("" if record["merge_queries"] else ", queries not")
-    options += " gate, bias" if record["extras"] else ""
     blocks = " ".join(f"{name.lower()} {'+'.join(map(str, v)) if isinstance(v, (tuple, list)) else v}"
                       for name, v in record["blocks"].items())  # fmt: skip
     matrix = " ".join(f"{name}:{count}" for name, count in record["matrix"].items())
     return (
-        f"{record['target']:6} {record['dtype']:8} {record['width']:4} {record['tokens']:5} {options:34} "
-        f"{record['kernel']:18} {blocks:38} {record['warps']:2}w {record['stages']}s "
-        f"{record['registers']:4} {record['stack']:5} {record['spills']:5} {record['shared'] / 1024:5.0f}K "
-        f"{record['resident']:2} {matrix}"
+        f"{record['target']:6} {record['dtype']:8} {record['width']:4} {record['kernel']:18} {blocks:36} "
+        f"{'merge' if record['merging'] else '':5} {'gate, bias' if record['extras'] else '':10} "
+        f"{record['warps']:2}w {record['stages']}s {record['registers']:4} {record['stack']:5} {record['spills']:5} "
+        f"{record['shared'] / 1024:5.0f}K {record['resident']:2} {matrix}"
     )
 
 
@@ -208,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS), help="head widths")
     parser.add_argument("--output", type=Path, default=None, help=f"write a JSON file, for example {RESULTS.name}")
     chosen = parser.parse_args(arguments)
-    print("target dtype    width tokens options, kernel, blocks, warps, stages, registers, stack, spills, shared, "
+    print("target, dtype, head width, kernel, blocks, options, warps, stages, registers, stack, spills, shared memory, "
           "resident programs, matrix instructions")  # fmt: skip
     records, seen = [], set()
     for group in reports(cases(chosen.target, chosen.dtype, chosen.width)):

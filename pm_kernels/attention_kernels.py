@@ -150,7 +150,8 @@ def store_attended(
 ):  # fmt: skip
     """Normalise and write the rows ``o_q`` of the output, and their lse."""
     m_empty = b_sum == 0
-    store_rows(p_out, b_out / tl.where(m_empty, 1.0, b_sum)[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+    store_rows(p_out, b_out / b_sum[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
     b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
     tl.store(p_lse + o_q, b_lse, mask=o_q < queries)
 
@@ -158,7 +159,8 @@ def store_attended(
 @triton.jit(do_not_specialize=COUNTS)
 def forward_resident(
     p_q, p_k, p_v, p_merge, p_gate, p_bias, p_out, p_lse,
-    queries, keys, tokens, stride_merge, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, programs, tiles, scale,
+    queries, keys, tokens, stride_merge, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    programs, tiles, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, MERGE_QUERIES: tl.constexpr,
@@ -285,7 +287,8 @@ def forward_streaming(
 @triton.jit(do_not_specialize=COUNTS)
 def backward_resident(
     p_q, p_k, p_v, p_merge, p_gate, p_bias, p_out, p_dout, p_lse, p_dq, p_dk, p_dv, p_dgate, p_dbias,
-    queries, keys, tokens, stride_merge, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_doutb, stride_douth, stride_dqb, stride_dkb, scale,
+    queries, keys, tokens, stride_merge, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    stride_doutb, stride_douth, stride_dqb, stride_dkb, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
     GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, MERGE_QUERIES: tl.constexpr,
@@ -416,7 +419,8 @@ def backward_resident(
 @triton.jit(do_not_specialize=COUNTS)
 def backward_queries(
     p_q, p_k, p_v, p_gate, p_bias, p_out, p_dout, p_lse, p_delta, p_dq,
-    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_doutb, stride_douth, stride_dqb, programs, scale,
+    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    stride_doutb, stride_douth, stride_dqb, programs, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
     GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
@@ -465,7 +469,8 @@ def backward_queries(
 @triton.jit(do_not_specialize=COUNTS)
 def backward_keys(
     p_q, p_k, p_v, p_gate, p_bias, p_dout, p_lse, p_delta, p_dk, p_dv, p_dgate, p_dbias,
-    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_doutb, stride_douth, stride_dkb, programs, scale,
+    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+    stride_doutb, stride_douth, stride_dkb, programs, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
     GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,

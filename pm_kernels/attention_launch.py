@@ -18,12 +18,42 @@ RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a he
 
 
 class Tiles(NamedTuple):
-    """Block sizes of a kernel."""
+    """Block sizes of a kernel whose ``pieces`` stay on the chip, in order, while ``step`` rows at a time pass by."""
 
-    pieces: tuple[int, ...]  # what stays on the chip, in order
-    step: int  # what passes by at a time
+    pieces: tuple[int, ...]
+    step: int
     warps: int
     stages: int
+    transposed: bool = False  # the gradients of keys and values are formed as [D, K]
+
+
+# Backward, by family, for up to 64, 128, 192, 256 queries: what spills no register, with most programs in flight.
+_BACKWARD = {
+    80: (
+        Tiles((64,), 16, 4, 2, True),
+        Tiles((128,), 16, 4, 2, True),
+        Tiles((128, 64), 16, 8, 1, True),
+        Tiles((256,), 16, 8, 1, True),
+    ),
+    90: (
+        Tiles((64,), 32, 4, 2, True),
+        Tiles((128,), 32, 8, 2, True),
+        Tiles((128, 64), 16, 8, 2, True),
+        Tiles((256,), 32, 8, 2, True),
+    ),
+    100: (
+        Tiles((64,), 32, 4, 2),
+        Tiles((128,), 32, 8, 2),
+        Tiles((128, 64), 16, 8, 1),
+        Tiles((256,), 32, 8, 2),
+    ),
+}
+# Backward with the merge inside, for up to 64, 128 queries.
+_MERGED_BACKWARD = {
+    80: (Tiles((64,), 16, 4, 1, True), Tiles((128,), 16, 8, 1, True)),
+    90: (Tiles((64,), 64, 4, 1, True), Tiles((128,), 64, 8, 1, True)),
+    100: (Tiles((64,), 64, 8, 1), Tiles((128,), 32, 8, 1, True)),
+}
 
 
 class Forward(NamedTuple):
@@ -53,8 +83,7 @@ def pieces(count: int) -> tuple[int, ...]:
 
 def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bool) -> Tiles | None:
     """Blocks of keys, rows of queries; None where the keys do not fit on the chip."""
-    limit = RESIDENT if columns <= 64 and size == 2 else RESIDENT // 2
-    if keys > limit:
+    if keys > RESIDENT * 128 // max(128, columns * size):
         return None
     if not merged:
         return Tiles(pieces(keys), 64, 4, 1)
@@ -63,37 +92,42 @@ def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bo
     if 64 < keys <= 128:
         return Tiles((128,), 128, 8, 1)
     blocks = max(1, -(-keys // 64))
+    if blocks > 3 and device.family == 80:
+        return None
     return Tiles((64,) * blocks, 64 if blocks == 1 or device.family > 80 else 32, 4, 1)
 
 
-def backward_tiles(device: Device, size: int, columns: int, queries: int) -> Tiles | None:
+def backward_tiles(device: Device, size: int, columns: int, queries: int, merged: bool, plain: bool) -> Tiles | None:
     """Blocks of queries, step of keys; None where the queries do not fit on the chip."""
-    # The larger half of the table takes up to 149 KiB of shared memory, which consumer devices do not have.
-    limit = RESIDENT if device.shared >= 160 * 1024 else RESIDENT // 2
+    # From 192 queries on, programs take 106 to 168 KiB of shared memory, which consumer devices do not have.
+    limit = RESIDENT if columns == 64 and not merged and device.shared >= 160 * 1024 else RESIDENT // 2
     if columns > 64 or size == 4 or queries > limit:
         return None
-    blocks = max(1, -(-queries // 64))
-    table = {
-        80: (
-            Tiles((64,), 16, 4, 2),
-            Tiles((128,), 16, 4, 2),
-            Tiles((128, 64), 16, 8, 1),
-            Tiles((256,), 16, 8, 1),
-        ),
-        90: (
-            Tiles((64,), 32, 4, 2),
-            Tiles((128,), 32, 8, 2),
-            Tiles((128, 64), 16, 4, 2),
-            Tiles((256,), 32, 8, 2),
-        ),
-        100: (
-            Tiles((64,), 32, 4, 2),
-            Tiles((128,), 32, 8, 2),
-            Tiles((64, 64, 64), 32, 8, 2),
-            Tiles((256,), 32, 8, 2),
-        ),
-    }
-    return table[device.family][blocks - 1]
+    index = max(0, queries - 1) // 64
+    if columns < 64 and not merged:
+        # A step of 64 keys fills the matrix unit's rows, which a narrow head does not.
+        return Tiles((64 << index,), 64, 4 << index, 2, device.family == 100)
+    if merged:
+        return _MERGED_BACKWARD[device.family][index]
+    if device.family == 90 and index == 2 and plain:
+        return Tiles((128, 64), 16, 4, 2, True)
+    return _BACKWARD[device.family][index]
+
+
+def streaming_tiles(row: int) -> tuple[int, int]:
+    """Rows of queries and step of keys, for a head's row of that many bytes."""
+    if row <= 128:
+        return 128, 64
+    return 64, 32 if row <= 256 else 16
+
+
+def streaming_backward_tiles(device: Device, row: int) -> tuple[int, int, int]:
+    """Rows of queries, the step of either pass, and rows of keys, for a head's row of that many bytes."""
+    if row > 256:
+        return 64, 16, 32
+    if device.family == 80:
+        return 64, 32, 64 if row <= 128 else 32
+    return 64, 64 if row <= 128 else 32, 64
 
 
 def plan_forward(
@@ -131,7 +165,7 @@ def plan_forward(
         "PRECISION": _precision(q),
     }
     if tiles is None:
-        rows, step = (128, 64) if columns <= 64 and size == 2 else (64, 32)
+        rows, step = streaming_tiles(columns * size)
         programs = -(-queries // rows)
         launches.append(
             Launch(
@@ -196,14 +230,16 @@ def plan_backward(
     # Where a tensor has fewer tokens than another, its gradient's last rows are nobody's, and are left 0.
     allocate = torch.empty if q.shape[2] == tokens else torch.zeros
     dqkv = allocate(batch, max(q.shape[2], tokens), 3, heads, width, dtype=q.dtype, device=q.device)
-    tiles = backward_tiles(device, size, columns, queries)
+    plain = gate is None and key_bias is None
+    fused = merge is not None and merge_queries
+    tiles = backward_tiles(device, size, columns, queries, fused, plain)
     launches = []
     inputs, merged_gradient = (q, k, v), dqkv
     if merge is not None:
         merged_gradient = torch.empty(batch, keys, 3, heads, width, dtype=q.dtype, device=q.device)
-        if tiles is None or keys > RESIDENT:
+        if tiles is None or not fused:
             launches, inputs = _merged(q, k, v, merge, merge_queries)
-    fused_merge = merge if inputs[1] is k else None
+            fused, tiles = False, backward_tiles(device, size, columns, queries, False, plain)
     dq = (merged_gradient if merge is not None and merge_queries else dqkv)[:, :, 0]
     dk, dv = merged_gradient[:, :, 1], merged_gradient[:, :, 2]
     shared = _attention_arguments(*inputs, gate, key_bias, keys) | {
@@ -227,14 +263,13 @@ def plan_backward(
                 shared
                 | of_queries
                 | of_keys
-                | _merge_arguments(fused_merge, tokens)
+                | _merge_arguments(merge if fused else None, tokens)
                 | {
                     "MERGE_QUERIES": merge_queries,
                     "PIECES": tiles.pieces,
                     "STEP": tiles.step,
                     "STAGES": tiles.stages,
-                    # On the older matrix units the same form, and on the newest the plain one, needs fewer registers.
-                    "TRANSPOSED": device.family < 100,
+                    "TRANSPOSED": tiles.transposed,
                 },
                 warps=tiles.warps,
                 stages=tiles.stages,
@@ -242,15 +277,14 @@ def plan_backward(
         )
     else:
         delta = torch.empty_like(lse)
-        rows, step = (64, 64) if columns <= 64 and size == 2 else (64, 32)
-        warps = 4
-        query_programs, key_programs = -(-queries // rows), -(-keys // rows)
+        rows, step, block = streaming_backward_tiles(device, columns * size)
+        query_programs, key_programs = -(-queries // rows), -(-keys // block)
         launches.append(
             Launch(
                 kernels.backward_queries,
                 batch * heads * query_programs,
                 shared | of_queries | {"p_delta": delta, "programs": query_programs, "ROWS": rows, "STEP": step},
-                warps=warps,
+                warps=4,
                 stages=2,
             )
         )
@@ -258,8 +292,8 @@ def plan_backward(
             Launch(
                 kernels.backward_keys,
                 batch * heads * key_programs,
-                shared | of_keys | {"p_delta": delta, "programs": key_programs, "KEYS": rows, "STEP": step},
-                warps=warps,
+                shared | of_keys | {"p_delta": delta, "programs": key_programs, "KEYS": block, "STEP": step},
+                warps=4,
                 stages=2,
             )
         )
@@ -368,7 +402,7 @@ def _merge_gradient_launch(
     """``gradient`` (B, C, 3, H, d), of the merged q, k, v."""
     batch, (rows, tokens) = q.shape[0], merge.shape
     row_programs, token_programs = -(-rows // 64), -(-tokens // 64)
-    splits = max(1, min(batch, 2 * device.multiprocessors // (row_programs * token_programs)))
+    splits = max(1, min(batch, 2 * device.multiprocessors // max(1, row_programs * token_programs)))
     partial = torch.empty(splits, rows, tokens, dtype=torch.float32, device=q.device)
     q, k, v = (_flat_heads(x) for x in (q, k, v))
     dq, dk, dv = (gradient[:, :, index].flatten(2) for index in range(3))
@@ -401,7 +435,7 @@ def _merge_gradient_launch(
         "PRECISION": _precision(k),
     }
     grid = row_programs * token_programs * splits
-    return Launch(kernels.merge_gradient, grid, arguments, warps=4, stages=2), partial
+    return Launch(kernels.merge_gradient, grid, arguments, warps=4, stages=2 if k.element_size() == 2 else 1), partial
 
 
 def _addressable(x: Tensor) -> Tensor:

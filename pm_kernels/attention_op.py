@@ -1,7 +1,7 @@
-"""fused_merge_attention as registered operators, one for each direction: torch.compile, export and graphs see one node.
+"""fused_merge_attention as registered operators, one a direction, so that compilers, export and graphs see one node.
 
-``pm_kernels::attention`` also returns ``lse`` (B, H, queries) float32, the base-2 logarithm of each query's softmax
-denominator, from which ``pm_kernels::attention_backward`` takes up the attention matrix again.
+``pm_kernels::attention`` also returns ``lse`` (B, H, queries) in float32 or wider, the base-2 logarithm of each query's
+softmax denominator, from which ``pm_kernels::attention_backward`` takes up the attention matrix again.
 """
 
 import math
@@ -41,7 +41,7 @@ def _forward(
         )
         logits = _logits(*_merged(q, k, merge, merge_queries), key_bias, scale)
         lse = torch.logsumexp(logits, dim=-1) / math.log(2)
-        return _heads_inside(out), lse.masked_fill(lse == -math.inf, math.inf).float()
+        return _heads_inside(out), lse.masked_fill(lse == -math.inf, math.inf)
     from . import attention_launch
 
     with torch.cuda.device(q.device if q.is_cuda else -1):
@@ -163,11 +163,17 @@ def _forward_fake(
     if merge is not None and merge_queries:
         queries = merge.shape[0]
     out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
-    return out, q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return out, q.new_empty(batch, heads, queries, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Tensor | float | list[bool] | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Tensor | float | list[bool] | None,
 ) -> tuple[Tensor, ...]:
     batch, heads, queries, width = q.shape
     tokens = queries if queries == k.shape[2] else max(queries, k.shape[2])
@@ -192,9 +198,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, merge, gate, key_bias, out, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:6]
         dqkv, *others = attention_backward(
@@ -282,9 +286,7 @@ def _backward_flops(
     return 5 * attending + (3 if wanted[0] else 2) * merging
 
 
-def _products(
-    q: torch.Size, k: torch.Size, merge: torch.Size | None, merge_queries: bool
-) -> tuple[int, int]:
+def _products(q: torch.Size, k: torch.Size, merge: torch.Size | None, merge_queries: bool) -> tuple[int, int]:
     """Floating-point operations of one product of the attention, and of all that merge."""
     batch, heads, queries, width = q
     keys = k[2]

@@ -8,7 +8,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pm_kernels import fused_merge_attention
+from pm_kernels import fused_merge_attention, token_mix
 
 from .rewiring import Rewired
 
@@ -47,22 +47,23 @@ class PMAttention(Attention):
         is_causal: bool = False,
         *,
         attended: Tensor | None = None,
+        merge: Tensor | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D); masks are refused, as merged tokens have none.
 
         ``attended`` (B, M, D) gives the keys and values where they are not x's: only x's rows are computed.
+        ``merge`` (C, N) merges queries, keys and values: (B, N, D) -> (B, C, D).
         """
         refuse_masks(attn_mask, is_causal)
-        batch, tokens, _ = x.shape
         if attended is None:
             q, k, v = self._heads(self.qkv(x))
         else:
             query, key_value = self._split_projection()
             (q,), (k, v) = self._heads(F.linear(x, *query)), self._heads(F.linear(attended, *key_value))
         out = fused_merge_attention(
-            self.q_norm(q), self.k_norm(k), v, gate=self.token_gate, key_bias=self.key_bias, scale=self.scale
+            self.q_norm(q), self.k_norm(k), v, merge, gate=self.token_gate, key_bias=self.key_bias, scale=self.scale
         )
-        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
+        out = self.norm(out.transpose(1, 2).flatten(2))
         output_gate = getattr(self, "gate", None)
         if output_gate is not None:
             out = out * torch.sigmoid(output_gate(x))
@@ -101,6 +102,25 @@ def run_rows(block: Block, x: Tensor, rows: int) -> Tensor:
         return block.attn(queries, **masks, attended=attended)
 
     return Block.forward(Rewired(block, attn=attention), x[:, :rows])
+
+
+def merges_inside(block: nn.Module) -> bool:
+    """Whether :func:`run_merging` can run the block: timm's plain Block on its plain Attention, without output gate."""
+    attention = getattr(block, "attn", None)
+    return type(block) is Block and type(attention) is Attention and getattr(attention, "gate", None) is None
+
+
+def run_merging(block: Block, x: Tensor, merge: Tensor) -> Tensor:
+    """The block with its merge inside the attention: (B, N, D) and merge (C, N) -> (B, C, D).
+
+    The first norm and the projection to queries, keys and values run on all N tokens, the rest on the C merged ones.
+    """
+    attended = block.norm1(x)
+
+    def attention(_: Tensor, **masks: object) -> Tensor:
+        return block.attn(attended, **masks, merge=merge)
+
+    return Block.forward(Rewired(block, norm1=nn.Identity(), attn=attention), token_mix(x, merge))
 
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -55,6 +55,7 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
                 "plan": model.plan.to_dict(),
                 "train_matrices": model.train_matrices,
                 "size_bias": model.size_bias,
+                "merge_site": model.merge_site,
             }
         save_for_hf(model, staging, model_config=extra, model_args=model_args, safe_serialization=True)
         with torch.device("meta"):
@@ -189,6 +190,7 @@ def _build(folder: Path, uncompressed: bool = False) -> VisionTransformer:
             return model
         plan = CompressionPlan.from_dict(compression["plan"])
         options = {name: compression[name] for name in ("train_matrices", "size_bias")}
+        options["merge_site"] = compression.get("merge_site", "block")  # the first files had none
         # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
         with torch.device("cpu"):
             return compress(model, plan, **options)

@@ -28,7 +28,7 @@ from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
 from .training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
-from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
+from .vision_transformer import MERGE_SITES, PMVisionTransformer, check_vision_transformer, compress
 from .visualize import save_plan_picture
 
 _STATE = "state"
@@ -97,7 +97,9 @@ def _compress(options: argparse.Namespace) -> None:
     with accelerator.autocast():
         plan = make_plan(score_tokens(model, tqdm(loader, "score", leave=False, total=batches), batches=batches))
     train_matrices = None if options.train_matrices == "none" else options.train_matrices
-    compressed = compress(model, plan, train_matrices=train_matrices, size_bias=options.size_bias)
+    compressed = compress(
+        model, plan, train_matrices=train_matrices, size_bias=options.size_bias, merge_site=options.merge_site
+    )
     save_pretrained(compressed, options.output, model_args=options.model_kwargs)
     plan.save(options.output / "plan.json")
     save_plan_picture(plan, options.output / "plan.png")
@@ -381,6 +383,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress_.add_argument(
         "--size-bias", action="store_true", help="attend in proportion to the patches that a token stands for"
+    )
+    compress_.add_argument(
+        "--merge-site",
+        choices=MERGE_SITES,
+        default="block",
+        help="merge tokens before the block, as in the paper, or inside its attention (%(default)s)",
     )
     compress_.set_defaults(run=_compress)
 

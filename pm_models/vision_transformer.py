@@ -13,12 +13,22 @@ from torch import Tensor, nn
 
 from pm_kernels import token_mix
 
-from .attention import PMAttention, attends_apart, fusable_attentions, refuse_masks, replace_module, run_rows
+from .attention import (
+    PMAttention,
+    attends_apart,
+    fusable_attentions,
+    merges_inside,
+    refuse_masks,
+    replace_module,
+    run_merging,
+    run_rows,
+)
 from .folding import READOUTS, TRAIN_MATRICES, Folded, Folding, Run, StageMatrices
 from .plan import CompressionPlan
 from .rewiring import Rewired
 
 EXECUTIONS = ("folded", "literal")
+MERGE_SITES = ("block", "attention")
 
 
 class PMVisionTransformer(VisionTransformer):
@@ -32,6 +42,7 @@ class PMVisionTransformer(VisionTransformer):
         plan: what each block keeps, merges and prunes.
         train_matrices: see :func:`compress`.
         size_bias: see :func:`compress`.
+        merge_site: see :func:`compress`.
     """
 
     def __init__(
@@ -41,12 +52,14 @@ class PMVisionTransformer(VisionTransformer):
         *,
         train_matrices: str | None = "support",
         size_bias: bool = False,
+        merge_site: str = "block",
     ) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
         self.plan = plan
         self.train_matrices = train_matrices
         self.size_bias = size_bias
+        self.merge_site = merge_site
         self._execution = "folded"
         self._folded: dict[tuple, tuple[tuple[tuple[int, int], ...], Folded]] = {}
         for index, block in enumerate(self.blocks):
@@ -64,7 +77,10 @@ class PMVisionTransformer(VisionTransformer):
 
     @property
     def execution(self) -> str:
-        """``"folded"``: no full token map between blocks; ``"literal"``: the paper's equations, word by word."""
+        """``"folded"``: no full token map between blocks; ``"literal"``: the paper's equations, word by word.
+
+        With ``merge_site="attention"`` every merge needs the full map, and the two are the same.
+        """
         return self._execution
 
     @execution.setter
@@ -195,17 +211,23 @@ class PMVisionTransformer(VisionTransformer):
                 f"the images give {x.shape[1]} tokens, but the plan was made for a grid of {self.plan.grid} and "
                 f"{self.plan.num_prefix_tokens} prefix tokens: {self.plan.num_tokens} tokens"
             )
-        if self._execution == "literal" or not self.stages:
+        if self._execution == "literal" or self.merge_site == "attention" or not self.stages:
             return self._run_literal(x, maps or {})
         return self._run_folded(readout, x, maps or {})
 
     def _run_literal(self, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
-        """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens."""
+        """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens.
+
+        With ``merge_site="attention"`` the first block of a stage takes x itself, and merges in its attention.
+        """
         for run in self._runs:
             stage = run.matrices
-            y = x if stage is None else token_mix(x, stage.merge_matrix())
+            merge = None if stage is None else stage.merge_matrix()
+            inside = merge is not None and self.merge_site == "attention"
+            y = x if merge is None or inside else token_mix(x, merge)
             for index in range(run.first, run.last + 1):
-                y = self._block(self.blocks[index], y)
+                block = self.blocks[index]
+                y = self._block(partial(run_merging, block, merge=merge) if inside and index == run.first else block, y)
                 if index in maps or index == run.last:
                     full = y
                     if stage is not None:
@@ -331,6 +353,7 @@ def compress(
     *,
     train_matrices: str | None = "support",
     size_bias: bool = False,
+    merge_site: str = "block",
 ) -> PMVisionTransformer:
     """Compress a timm Vision Transformer by a plan (arXiv 2503.23455, section 3).
 
@@ -341,6 +364,9 @@ def compress(
             ``"dense"``, all; ``None``, none.
         size_bias: add the logarithm of the number of tokens that a merged token stands for to its logits as a key
             (proportional attention).
+        merge_site: where a stage's first block merges: ``"block"``, before it, as in the paper; ``"attention"``, inside
+            its attention, whose norm and projection to queries, keys and values then see all tokens: more work, and
+            what a merge averages is normalised already.
 
     Returns:
         A new model, a timm VisionTransformer in every way, on the same device, in the same dtype and mode.
@@ -351,10 +377,19 @@ def compress(
     """
     if train_matrices not in TRAIN_MATRICES:
         raise ValueError(f"train_matrices must be 'support', 'dense' or None, got {train_matrices!r}")
+    if merge_site not in MERGE_SITES:
+        raise ValueError(f"merge_site must be 'block' or 'attention', got {merge_site!r}")
     _check_model(model, size_bias)
     _check_plan(model, plan)
+    if merge_site == "attention":
+        for stage in plan.stages:
+            if not merges_inside(model.blocks[stage.first]):
+                raise ValueError(
+                    f"merge_site='attention' needs timm's Block with its Attention, ungated; block {stage.first} is a "
+                    f"{type(model.blocks[stage.first]).__name__} that has another"
+                )
     return _COMPRESSED_CLASSES[type(model)](
-        copy.deepcopy(model), plan, train_matrices=train_matrices, size_bias=size_bias
+        copy.deepcopy(model), plan, train_matrices=train_matrices, size_bias=size_bias, merge_site=merge_site
     )
 
 

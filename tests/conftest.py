@@ -1,8 +1,13 @@
-"""Every test starts from the same random state."""
+"""Every test starts from the same random state. Without a GPU, kernels run in Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 
 
 @pytest.fixture(autouse=True)

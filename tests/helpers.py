@@ -36,3 +36,24 @@ def plan_for(model: VisionTransformer, keep_rate: float = 0.4, prune_rate: float
 def images_for(model: VisionTransformer, batch: int = 3) -> torch.Tensor:
     weight = model.patch_embed.proj.weight
     return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=weight.dtype)
+
+
+def attention_written_out(q, k, v, merge=None, gate=None, key_bias=None, scale=None, merge_queries=True):
+    """The contract, with the attention matrix in memory."""
+    if merge is not None:
+        q = torch.einsum("cn,bhnd->bhcd", merge, q) if merge_queries else q
+        k = torch.einsum("cn,bhnd->bhcd", merge, k)
+        v = torch.einsum("cn,bhnd->bhcd", merge, v)
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if key_bias is not None:
+        logits = logits + key_bias.expand(*k.shape[:-1])[:, :, None, :]
+    weights = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
+    if gate is not None:
+        weights = weights * gate.expand(*k.shape[:-1])[:, :, None, :]
+    return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+
+def packed_qkv(batch, heads, tokens, width, dtype=torch.float64):
+    """Views of one packed projection, as a ViT makes them."""
+    qkv = torch.randn(batch, tokens, 3, heads, width, dtype=dtype, requires_grad=True)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0), qkv

@@ -2,29 +2,9 @@
 
 import pytest
 import torch
+from helpers import attention_written_out, packed_qkv
 
 from pm_kernels import fused_merge_attention
-
-
-def attention_written_out(q, k, v, merge=None, gate=None, key_bias=None, scale=None, merge_queries=True):
-    """The contract, with the attention matrix in memory."""
-    if merge is not None:
-        q = torch.einsum("cn,bhnd->bhcd", merge, q) if merge_queries else q
-        k = torch.einsum("cn,bhnd->bhcd", merge, k)
-        v = torch.einsum("cn,bhnd->bhcd", merge, v)
-    logits = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if key_bias is not None:
-        logits = logits + key_bias.expand(*k.shape[:-1])[:, :, None, :]
-    weights = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
-    if gate is not None:
-        weights = weights * gate.expand(*k.shape[:-1])[:, :, None, :]
-    return torch.einsum("bhij,bhjd->bhid", weights, v)
-
-
-def packed_qkv(batch, heads, tokens, width, dtype=torch.float64):
-    """Views of one packed projection, as a ViT makes them."""
-    qkv = torch.randn(batch, tokens, 3, heads, width, dtype=dtype, requires_grad=True)
-    return qkv.permute(2, 0, 3, 1, 4).unbind(0), qkv
 
 
 @pytest.mark.parametrize("merge_queries", [True, False])

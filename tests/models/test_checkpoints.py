@@ -29,6 +29,15 @@ def compressed_vit(train_matrices="support", size_bias=False, **arguments):
     return compress(model, plan_for(model), train_matrices=train_matrices, size_bias=size_bias).eval()
 
 
+def test_the_merge_site_is_saved(tmp_path):
+    model = small_vit()
+    model = compress(model, plan_for(model), merge_site="attention").eval()
+    save_pretrained(model, tmp_path / "model")
+    loaded = load_pretrained(tmp_path / "model")
+    assert loaded.merge_site == "attention"
+    assert torch.equal(loaded(images := images_for(model)), model(images))
+
+
 @pytest.mark.parametrize("train_matrices", ["support", "dense", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [{}, {"name": "deit_tiny_distilled_patch16_224"}, {"reg_tokens": 2, "qk_norm": True}])

@@ -110,11 +110,11 @@ def test_compress_options_reach_the_plan_and_the_model(capsys, data, dense, tmp_
     status, out, _ = run(
         capsys, "compress", data, "--model", dense, *COMMON, "--output", tmp_path / "m", "--keep-rate", "0.5",
         "--prune-rate", "0.0", "--stages", "0,1-2", "--allocation", "layer", "--row-weights", "average",
-        "--train-matrices", "none", "--size-bias", "--score-batches", "2", "--amp",
+        "--train-matrices", "none", "--size-bias", "--merge-site", "attention", "--score-batches", "2", "--amp",
     )  # fmt: skip
     assert status == 0
     model = load_pretrained(tmp_path / "m")
-    assert (model.train_matrices, model.size_bias) == (None, True)
+    assert (model.train_matrices, model.size_bias, model.merge_site) == (None, True, "attention")
     assert [(stage.first, stage.last) for stage in model.plan.stages] == [(0, 0), (1, 2)]
     assert model.plan.tokens == (9, 9, 9)
     torch.testing.assert_close(model.plan.merge_matrix(1).sum(dim=1), torch.ones(9))

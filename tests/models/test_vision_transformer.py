@@ -104,6 +104,54 @@ def test_folded_is_literal_for_stages(kind, stages, train_matrices):
     check_folded_is_literal(model, compressed)
 
 
+def merged_inside(block, x, merge, key_bias=None):
+    """A block with the merge inside its attention, head by head, with the attention matrix in memory."""
+    attention = block.attn
+    batch, tokens, _ = x.shape
+    qkv = attention.qkv(block.norm1(x)).view(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    q, k, v = (torch.einsum("cn,bnhd->bhcd", merge, part) for part in qkv.unbind(2))
+    logits = q @ k.mT * attention.scale
+    logits = logits if key_bias is None else logits + key_bias
+    out = (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+    y = torch.einsum("cn,bnd->bcd", merge, x) + block.ls1(attention.proj(out))
+    return y + block.ls2(block.mlp(block.norm2(y)))
+
+
+@pytest.mark.parametrize("train_matrices", ["support", "dense", None])
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("kind", ["token", "registers", "average"])
+def test_merging_inside_the_attention(kind, stages, train_matrices):
+    model = small_vit(**KINDS[kind], init_values=0.5).double()
+    plan = plan_for(model, keep_rate=0.3, prune_rate=0.5, stages=STAGES[stages])
+    size_bias = train_matrices is None
+    compressed = compress(model, plan, train_matrices=train_matrices, size_bias=size_bias, merge_site="attention")
+    random_matrices_(compressed)
+    images = images_for(model)
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    matrices = iter(zip(compressed.merge_matrices(), compressed.reconstruct_matrices(), strict=True))
+    for index, block in enumerate(model.blocks):
+        stage = plan.stage_of(index)
+        if stage is None:
+            x = block(x)
+            continue
+        merge, reconstruct = next(matrices)
+        if index == stage.first:
+            y = merged_inside(block, x, merge, plan.token_sizes(index).log() if size_bias else None)
+        else:
+            y = compressed.blocks[index](y)
+        if index == stage.last:
+            pruned = 1 - plan.token_mask(index).to(x)[:, None]
+            x = torch.einsum("nc,bcd->bnd", reconstruct, y) + pruned * x
+    expected = model.norm(x)
+    for execution in ("folded", "literal"):
+        compressed.execution = execution
+        torch.testing.assert_close(compressed.forward_features(images), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(compressed(images), model.forward_head(expected), rtol=1e-10, atol=1e-10)
+    if train_matrices is not None:
+        compressed(images).sum().backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in compressed.stages.parameters())
+
+
 def test_a_plan_without_stages_is_the_dense_model():
     model = small_vit().double()
     compressed = compress(model, CompressionPlan((7, 5), 5, 1, ()))
@@ -554,3 +602,9 @@ def test_bad_options():
     scaling = small_vit(block_fn=ParallelScalingBlock)
     with pytest.raises(ValueError, match="size_bias needs timm's Attention in every block, block 0 is a ParallelScal"):
         compress(scaling, plan, size_bias=True)
+    with pytest.raises(ValueError, match="merge_site must be 'block' or 'attention', got 'mlp'"):
+        compress(model, plan, merge_site="mlp")
+    with pytest.raises(
+        ValueError, match="merge_site='attention' needs timm's Block .*; block 0 is a ParallelScalingBlo"
+    ):
+        compress(scaling, plan, merge_site="attention")
