@@ -1,9 +1,17 @@
 """Token-compressing attention and static token mixes for Vision Transformers: tensors in, tensors out."""
 
 from . import reference
-from .attention import fused_merge_attention
+from .attention import fused_merge_attention, fused_merge_attention_qkv
 from .backend import backend
 from .sparse import SparseRows
 from .token_mix import token_mix, token_mix_layer_norm
 
-__all__ = ["SparseRows", "backend", "fused_merge_attention", "reference", "token_mix", "token_mix_layer_norm"]
+__all__ = [
+    "SparseRows",
+    "backend",
+    "fused_merge_attention",
+    "fused_merge_attention_qkv",
+    "reference",
+    "token_mix",
+    "token_mix_layer_norm",
+]

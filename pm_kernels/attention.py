@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .attention_op import attention
+from .attention_op import attention, packed_attention, supported, unpacked
 from .autocast import autocast_inputs
 from .backend import use_kernels
-from .checks import check_attention
+from .checks import check_attention, check_packed
 
 
 def fused_merge_attention(
@@ -50,17 +50,55 @@ def fused_merge_attention(
     """
     check_attention(q, k, v, merge, gate, key_bias)
     q, k, v, merge = autocast_inputs(q, k, v, merge)
-    plain = merge is None and gate is None and key_bias is None
-    if use_kernels("fused_merge_attention", q, _supported(q), faster=not _pytorch_is_faster(q, k, plain)):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return attention(q, k, v, merge, gate, key_bias, scale, merge_queries)[0]
+    if _on_kernels(q, k, merge, gate, key_bias):
+        return attention(q, k, v, merge, gate, key_bias, _scale(q, scale), merge_queries)[0]
     return reference.fused_merge_attention(
         q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
     )
 
 
-def _supported(q: Tensor) -> bool:
-    return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 1 <= q.shape[-1] <= 128
+def fused_merge_attention_qkv(
+    qkv: Tensor,
+    merge: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    merge_queries: bool = True,
+) -> Tensor:
+    """:func:`fused_merge_attention` of one packed projection, which saves its backward a copy of the gradients.
+
+    The gradients of three views of one tensor are stacked by autograd, which reads and writes all of them once more;
+    the kernels write the packed gradient at once.
+
+    Args:
+        qkv: (B, N, 3, H, d), queries, keys and values of all heads, as a ViT projects them.
+        merge, gate, key_bias, scale, merge_queries: as in :func:`fused_merge_attention`.
+
+    Returns:
+        (B, H, C, d), or (B, H, N, d) where the queries are not merged.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`fused_merge_attention` does.
+    """
+    check_packed(qkv)
+    check_attention(*unpacked(qkv), merge, gate, key_bias)
+    qkv, merge = autocast_inputs(qkv, merge)
+    q, k, v = unpacked(qkv)
+    if _on_kernels(q, k, merge, gate, key_bias):
+        return packed_attention(qkv, merge, gate, key_bias, _scale(q, scale), merge_queries)
+    return reference.fused_merge_attention(
+        q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
+    )
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _on_kernels(q: Tensor, k: Tensor, merge: Tensor | None, gate: Tensor | None, key_bias: Tensor | None) -> bool:
+    plain = merge is None and gate is None and key_bias is None
+    return use_kernels("fused_merge_attention", q, supported(q), faster=not _pytorch_is_faster(q, k, plain))
 
 
 def _pytorch_is_faster(q: Tensor, k: Tensor, plain: bool) -> bool:

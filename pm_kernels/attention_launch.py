@@ -179,7 +179,7 @@ def plan_forward(
         return Forward(launches, out, lse)
     blocks = -(-queries // tiles.step)
     # A head's keys and values are loaded once for all its queries where there are heads enough to fill the device.
-    per_program = blocks if batch * heads >= 2 * device.multiprocessors else 1
+    per_program = max(1, blocks) if batch * heads >= 2 * device.multiprocessors else 1
     programs = -(-blocks // per_program)
     launches.append(
         Launch(
@@ -302,7 +302,7 @@ def plan_backward(
         padded = _padded(merge)
         first = 0 if merge_queries else 1
         source = merged_gradient[:, :, first:].flatten(2)
-        target = dqkv[:, :tokens, first:].view(batch, tokens, -1)
+        target = dqkv[:, :tokens, first:].view(batch, tokens, (3 - first) * heads * width)
         launches.append(_merge_launch(padded, source, target, transposed=True))
         if wanted[0]:
             launch, partial = _merge_gradient_launch(device, q, k, v, merged_gradient, merge, merge_queries)
@@ -362,7 +362,7 @@ def _merged(
             merged.append(q)
             continue
         target = buffer[:, :, index]
-        launches.append(_merge_launch(padded, _flat_heads(x), target.view(batch, len(merge), -1)))
+        launches.append(_merge_launch(padded, _flat_heads(x), target.view(batch, len(merge), heads * width)))
         merged.append(target.transpose(1, 2))
     return launches, tuple(merged)
 

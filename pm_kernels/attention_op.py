@@ -24,6 +24,11 @@ attention = torch.ops.pm_kernels.attention.default
 attention_backward = torch.ops.pm_kernels.attention_backward.default
 
 
+def supported(q: Tensor) -> bool:
+    """Whether there are kernels for q's dtype and head width."""
+    return q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 1 <= q.shape[-1] <= 128
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -34,7 +39,7 @@ def _forward(
     scale: float,
     merge_queries: bool,
 ) -> tuple[Tensor, Tensor]:
-    device = kernel_device(q)
+    device = kernel_device(q) if supported(q) else None
     if device is None:
         out = reference.fused_merge_attention(
             q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
@@ -65,7 +70,7 @@ def _backward(
     merge_queries: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    device = kernel_device(q)
+    device = kernel_device(q) if supported(q) else None
     if device is None:
         dqkv, dmerge, dgate, dbias = _backward_written_out(
             dout, q, k, v, out, lse, merge, gate, key_bias, scale, merge_queries
@@ -210,6 +215,60 @@ class _Attention(torch.autograd.Function):
         )
         others = (gradient if need else None for gradient, need in zip(others, needs, strict=True))
         return dq, dk, dv, *others, None, None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Attention of one packed projection, whose gradient is the packed one that the kernels write."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        qkv: Tensor,
+        merge: Tensor | None,
+        gate: Tensor | None,
+        key_bias: Tensor | None,
+        scale: float,
+        merge_queries: bool,
+    ) -> Tensor:
+        out, lse = attention(*unpacked(qkv), merge, gate, key_bias, scale, merge_queries)
+        ctx.scale, ctx.merge_queries = scale, merge_queries
+        ctx.save_for_backward(qkv, merge, gate, key_bias, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, merge, gate, key_bias, out, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        dqkv, dmerge, dgate, dkey_bias = attention_backward(
+            dout, *unpacked(qkv), out, lse, merge, gate, key_bias, ctx.scale, ctx.merge_queries, needs
+        )
+        return (
+            dqkv if ctx.needs_input_grad[0] else None,
+            dmerge if needs[0] else None,
+            dgate if needs[1] else None,
+            dkey_bias if needs[2] else None,
+            None,
+            None,
+        )
+
+
+def packed_attention(
+    qkv: Tensor,
+    merge: Tensor | None,
+    gate: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    merge_queries: bool,
+) -> Tensor:
+    """The output of ``attention`` for qkv (B, N, 3, H, d), differentiable without a copy of the gradients."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (qkv, merge, gate, key_bias)):
+        return _PackedAttention.apply(qkv, merge, gate, key_bias, scale, merge_queries)
+    return attention(*unpacked(qkv), merge, gate, key_bias, scale, merge_queries)[0]
+
+
+def unpacked(qkv: Tensor) -> tuple[Tensor, ...]:
+    """(B, N, 3, H, d) as three views (B, H, N, d)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class _Gradients(torch.autograd.Function):

@@ -97,8 +97,12 @@ def use_kernels(op: str, tensor: Tensor, supported: bool, faster: bool) -> bool:
 
 
 def kernel_device(tensor: Tensor) -> "Device | None":
-    """What to plan launches for, or None where the op is written out in PyTorch."""
-    if _current == "reference" or not (tensor.is_cuda or (_current == "triton" and _interpreted())):
+    """What to plan an operator's launches for, or None where it is written out in PyTorch.
+
+    An operator does not ask for the backend, which may be another one by the time of its backward.
+    """
+    interpreted = tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16 and _interpreted()
+    if not (tensor.is_cuda or interpreted):
         return None
     from .launch import INTERPRETER, cuda_device
 

@@ -34,6 +34,15 @@ def check_attention(
             raise ValueError(f"{name} must broadcast to (B, H, keys) = {(batch, heads, keys)}, got {_shape(tensor)}")
 
 
+def check_packed(qkv: Tensor) -> None:
+    """The packed projection of ``fused_merge_attention_qkv``: qkv (B,N,3,H,d)."""
+    _check_floating(qkv=qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have shape (B, N, 3, H, d), got {_shape(qkv)}")
+    if qkv.stride(-1) != 1 and qkv.shape[-1] > 1:
+        raise ValueError(f"qkv must have a contiguous last dimension (stride 1), got strides {tuple(qkv.stride())}")
+
+
 def check_token_mix(x: Tensor, matrix: Tensor | SparseRows) -> None:
     """Arguments of ``token_mix``: x (B,N,D), matrix (M,N), dense or sparse."""
     _check_floating(x=x)

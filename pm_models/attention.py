@@ -8,7 +8,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pm_kernels import fused_merge_attention, token_mix
+from pm_kernels import fused_merge_attention, fused_merge_attention_qkv, token_mix
 
 from .rewiring import Rewired
 
@@ -55,14 +55,17 @@ class PMAttention(Attention):
         ``merge`` (C, N) merges queries, keys and values: (B, N, D) -> (B, C, D).
         """
         refuse_masks(attn_mask, is_causal)
-        if attended is None:
-            q, k, v = self._heads(self.qkv(x))
+        options = {"gate": self.token_gate, "key_bias": self.key_bias, "scale": self.scale}
+        if attended is None and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            out = fused_merge_attention_qkv(qkv, merge, **options)
         else:
-            query, key_value = self._split_projection()
-            (q,), (k, v) = self._heads(F.linear(x, *query)), self._heads(F.linear(attended, *key_value))
-        out = fused_merge_attention(
-            self.q_norm(q), self.k_norm(k), v, merge, gate=self.token_gate, key_bias=self.key_bias, scale=self.scale
-        )
+            if attended is None:
+                q, k, v = self._heads(self.qkv(x))
+            else:
+                query, key_value = self._split_projection()
+                (q,), (k, v) = self._heads(F.linear(x, *query)), self._heads(F.linear(attended, *key_value))
+            out = fused_merge_attention(self.q_norm(q), self.k_norm(k), v, merge, **options)
         out = self.norm(out.transpose(1, 2).flatten(2))
         output_gate = getattr(self, "gate", None)
         if output_gate is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import attention_written_out, packed_qkv
 
-from pm_kernels import fused_merge_attention
+from pm_kernels import fused_merge_attention, fused_merge_attention_qkv
 
 
 @pytest.mark.parametrize("merge_queries", [True, False])
@@ -130,3 +130,20 @@ def test_bad_arguments_are_named(change, error, message):
     arguments = {"q": q, "k": k, "v": v} | change
     with pytest.raises(error, match=message):
         fused_merge_attention(**arguments)
+
+
+def test_packed_projection():
+    (q, k, v), qkv = packed_qkv(2, 3, 9, 4)
+    merge = torch.randn(5, 9, dtype=torch.float64)
+    torch.testing.assert_close(fused_merge_attention_qkv(qkv, merge), fused_merge_attention(q, k, v, merge))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_merge_attention_qkv(qkv.float(), merge.float()).dtype == torch.bfloat16
+    for wrong in (qkv[:, :, :2], qkv[0], qkv[..., 0]):
+        with pytest.raises(ValueError, match=r"qkv must have shape \(B, N, 3, H, d\), got"):
+            fused_merge_attention_qkv(wrong)
+    with pytest.raises(ValueError, match="qkv must have a contiguous last dimension"):
+        fused_merge_attention_qkv(qkv[..., ::2])
+    with pytest.raises(ValueError, match=r"merge must have shape \(C, N\) with N = 9"):
+        fused_merge_attention_qkv(qkv, merge[:, :8])
+    with pytest.raises(TypeError, match="qkv must be a torch.Tensor, got list"):
+        fused_merge_attention_qkv([1.0])
