@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention_kernels as kernels
-from .launch import Device, Launch
+from .launch import Device, Launch, Prepared
 
 CHUNK = 32  # tokens that a merge reads at a time; merge matrices are padded to a multiple of it
 RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a head width of 64
@@ -200,6 +200,56 @@ def plan_forward(
         )
     )
     return Forward(launches, out, lse)
+
+
+_prepared: dict[tuple, tuple[Prepared, tuple[int, ...]]] = {}
+
+
+def run_forward(
+    device: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    merge: Tensor | None,
+    gate: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    merge_queries: bool,
+) -> tuple[Tensor, Tensor]:
+    """Plan the forward and run it: the output and lse. A call like one before takes up what that one prepared."""
+    inputs = (q, k, v, merge, gate, key_bias)
+    key = (device, q.device, scale, merge_queries, _precision(q), *map(_layout, inputs))
+    known = _prepared.get(key)
+    if known is not None:
+        prepared, (batch, heads, queries, width) = known
+        out = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
+        lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+        prepared.run((*inputs, out, lse))
+        return out, lse
+    plan = plan_forward(device, q, k, v, merge, gate, key_bias, scale, merge_queries)
+    compiled = [launch.run() for launch in plan.launches]
+    tensors = (*inputs, plan.out, plan.lse)
+    if len(compiled) == 1 and hasattr(compiled[0], "function") and _takes_only(plan.launches[0], tensors):
+        if len(_prepared) >= 4096:
+            _prepared.clear()
+        _prepared[key] = Prepared(plan.launches[0], compiled[0], tensors), tuple(plan.out.shape)
+    return plan.out, plan.lse
+
+
+def _layout(tensor: Tensor | None) -> tuple | None:
+    """All that a launch is compiled and planned for, of one tensor."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
+
+
+def _takes_only(launch: Launch, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a launch reads and writes these tensors themselves, not copies of them."""
+    return all(
+        any(argument is tensor for tensor in tensors)
+        for argument in launch.arguments.values()
+        if isinstance(argument, Tensor)
+    )
 
 
 def plan_backward(
@@ -453,7 +503,7 @@ def _flat_heads(x: Tensor) -> Tensor:
 def _padded(merge: Tensor) -> Tensor:
     """The merge matrix with zeros after its last column, up to a multiple of CHUNK, for wide loads."""
     missing = -merge.shape[1] % CHUNK
-    return F.pad(merge, (0, missing)) if missing else merge.contiguous()
+    return F.pad(merge, (0, missing)) if missing else merge if merge.is_contiguous() else merge.contiguous()
 
 
 def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[Tensor | None, bool]:
@@ -462,6 +512,8 @@ def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[
         return None, False
     if values.dtype == torch.float64:
         values = values.float()
+    if values.shape == (keys,) and values.is_contiguous():
+        return values, False
     if values.numel() == values.shape[-1]:
         return values.reshape(-1).expand(keys).contiguous(), False
     return values.expand(batch, heads, keys).contiguous(), True

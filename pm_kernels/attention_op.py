@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .backend import kernel_device
+from .backend import kernel_device, on_device
 
 _LIBRARY = torch.library.Library("pm_kernels", "DEF")
 _ARGUMENTS = "Tensor? merge, Tensor? gate, Tensor? key_bias, float scale, bool merge_queries"
@@ -49,11 +49,8 @@ def _forward(
         return _heads_inside(out), lse.masked_fill(lse == -math.inf, math.inf)
     from . import attention_launch
 
-    with torch.cuda.device(q.device if q.is_cuda else -1):
-        plan = attention_launch.plan_forward(device, q, k, v, merge, gate, key_bias, scale, merge_queries)
-        for launch in plan.launches:
-            launch.run()
-    return plan.out, plan.lse
+    with on_device(q):
+        return attention_launch.run_forward(device, q, k, v, merge, gate, key_bias, scale, merge_queries)
 
 
 def _backward(
@@ -78,7 +75,7 @@ def _backward(
     else:
         from . import attention_launch
 
-        with torch.cuda.device(q.device if q.is_cuda else -1):
+        with on_device(q):
             plan = attention_launch.plan_backward(
                 device, dout, q, k, v, out, lse, merge, gate, key_bias, scale, merge_queries, wanted
             )

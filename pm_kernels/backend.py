@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -107,6 +108,13 @@ def kernel_device(tensor: Tensor) -> "Device | None":
     from .launch import INTERPRETER, cuda_device
 
     return cuda_device(tensor.device.index) if tensor.is_cuda else INTERPRETER
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's GPU the current one, where it is not, as Triton launches on the current one."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 @torch.compiler.assume_constant_result
