@@ -17,12 +17,19 @@ def describe() -> dict:
     return {
         "device": _processor(),
         "threads": torch.get_num_threads(),
+        **versions(),
+        "copy_gbps": copy_gbps(),
+        "matmul_tflops": {"float32": matmul_tflops(torch.float32), "bfloat16": matmul_tflops(torch.bfloat16)},
+    }
+
+
+def versions() -> dict:
+    """Versions, commit and date."""
+    return {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "timm")},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "copy_gbps": copy_gbps(),
-        "matmul_tflops": {"float32": matmul_tflops(torch.float32), "bfloat16": matmul_tflops(torch.bfloat16)},
     }
 
 

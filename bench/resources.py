@@ -13,6 +13,7 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from typing import NamedTuple
 
 import torch
 
+from pm_models.files import write_atomically
+
 from . import machine
 
-RESULTS = Path(__file__).parent / "results" / "static" / "resources.json"
 WIDTHS = (16, 32, 64, 80, 96, 128)
 DTYPES = ("bfloat16", "float32")
 LENGTHS = (16, 32, 64, 80, 96, 128, 144, 160, 192, 208, 224, 256, 577)
@@ -42,6 +44,7 @@ class Target(NamedTuple):
     registers: int = 65536
     threads: int = 2048
     programs: int = 32
+    tensor_memory: int = 512  # columns, of which only sm_100 has any
 
 
 TARGETS = {
@@ -73,8 +76,8 @@ def cases(targets: Iterable[int], dtypes: Iterable[str], widths: Iterable[int]) 
                 yield Case(target, dtype, width, 197 if merged <= 256 else 1601, merged, merge_queries, extras)
 
 
-def report(case: Case) -> list[dict]:
-    """The kernels of one case, compiled: one record for each."""
+def launches(case: Case) -> list[NamedTuple]:
+    """What the package would launch for a case: forward, then backward with every gradient."""
     from pm_kernels import attention_launch
     from pm_kernels.launch import Device
 
@@ -93,11 +96,30 @@ def report(case: Case) -> list[dict]:
     dout = torch.empty_like(forward.out)
     wanted = (case.merged is not None, case.extras, case.extras)
     backward = attention_launch.plan_backward(device, dout, q, k, v, forward.out, forward.lse, *options, wanted)
-    return [_case_of(case) | compile_for(target, launch) for launch in forward.launches + backward.launches]
+    return forward.launches + backward.launches
 
 
-def _case_of(case: Case) -> dict:
-    return case._asdict() | {"target": f"sm_{case.target}"}
+def report(task: tuple[Case, int]) -> dict:
+    """One launch of a case, compiled."""
+    case, index = task
+    launch = launches(case)[index]
+    facts = {"target": f"sm_{case.target}", "dtype": case.dtype, "width": case.width, "extras": case.extras}
+    return facts | compile_for(TARGETS[case.target], launch)
+
+
+def tasks(chosen: Iterable[Case]) -> list[tuple[Case, int]]:
+    """The launches of all cases, each kernel that the compiler sees once."""
+    found = {}
+    for case in chosen:
+        for index, launch in enumerate(launches(case)):
+            found.setdefault((case.target, case.dtype, _compiled_in(launch)), (case, index))
+    return list(found.values())
+
+
+def _compiled_in(launch: NamedTuple) -> tuple:
+    """What makes a kernel another one for the compiler: its constants, and which pointers are given."""
+    given = ((name, value if name.isupper() else value is not None) for name, value in sorted(launch.arguments.items()))
+    return launch.kernel.__name__, launch.warps, launch.stages, *given
 
 
 def compile_for(target: Target, launch: NamedTuple) -> dict:
@@ -116,11 +138,13 @@ def compile_for(target: Target, launch: NamedTuple) -> dict:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     shared = compiled.metadata.shared
     threads = 32 * launch.warps
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
     resident = min(
         target.registers // (-(-registers // 8) * 8 * threads),
         target.shared // (shared + 1024),
         target.threads // threads,
         target.programs,
+        target.tensor_memory // columns if columns else target.programs,
     )
     blocks = {
         name: value for name, value in launch.arguments.items() if name in ("PIECES", "ROWS", "STEP", "KEYS", "CHUNK")
@@ -135,6 +159,7 @@ def compile_for(target: Target, launch: NamedTuple) -> dict:
         "stack": stack,
         "spills": instructions["LDL"] + instructions["STL"],
         "shared": shared,
+        "tensor_memory": columns,
         "resident": resident,
         "matrix": {name: instructions[name] for name in ("HGMMA", "UTCHMMA", "HMMA") if instructions[name]},
     }
@@ -179,11 +204,15 @@ def _disassembled(cubin: bytes) -> tuple[str, collections.Counter]:
     return usage, collections.Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA|LDL|STL)\b", code))
 
 
-def reports(chosen: Iterable[Case]) -> Iterator[list[dict]]:
-    """:func:`report` of each case, on all processors."""
+def reports(chosen: Iterable[Case]) -> Iterator[dict]:
+    """:func:`report` of every kernel of these cases, on all processors."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
-        yield from pool.map(report, chosen)
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context, initializer=_without_interpreter) as pool:
+        yield from pool.map(report, tasks(chosen))
+
+
+def _without_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def row(record: dict) -> str:
@@ -204,24 +233,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", type=int, choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS), help="head widths")
-    parser.add_argument("--output", type=Path, default=None, help=f"write a JSON file, for example {RESULTS.name}")
+    parser.add_argument("--output", type=Path, default=None, help="write the records to a JSON file")
     chosen = parser.parse_args(arguments)
     print("target, dtype, head width, kernel, blocks, options, warps, stages, registers, stack, spills, shared memory, "
           "resident programs, matrix instructions")  # fmt: skip
-    records, seen = [], set()
-    for group in reports(cases(chosen.target, chosen.dtype, chosen.width)):
-        for record in group:
-            line = row(record)
-            if line not in seen:
-                seen.add(line)
-                records.append(record)
-                print(line, flush=True)
+    records = []
+    for record in reports(cases(chosen.target, chosen.dtype, chosen.width)):
+        records.append(record)
+        print(row(record), flush=True)
     spilled = [record for record in records if record["stack"]]
     print(f"{len(records)} kernels compiled, {len(spilled)} with a stack")
     if chosen.output is not None:
-        header = machine.versions()
-        chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        chosen.output.write_text(json.dumps(header | {"records": records}, indent=1) + "\n", encoding="utf-8")
+        content = json.dumps({**machine.versions(), "records": records}, indent=1) + "\n"
+        write_atomically(chosen.output, content.encode())
     return 0
 
 
