@@ -7,7 +7,7 @@ from . import reference
 from .attention_op import attention, packed_attention, supported, unpacked
 from .autocast import autocast_inputs
 from .backend import use_kernels
-from .checks import check_attention, check_packed
+from .checks import check_attention, check_packed_attention
 
 
 def fused_merge_attention(
@@ -81,8 +81,7 @@ def fused_merge_attention_qkv(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`fused_merge_attention` does.
     """
-    check_packed(qkv)
-    check_attention(*unpacked(qkv), merge, gate, key_bias)
+    check_packed_attention(qkv, merge, gate, key_bias)
     qkv, merge = autocast_inputs(qkv, merge)
     q, k, v = unpacked(qkv)
     if _on_kernels(q, k, merge, gate, key_bias):

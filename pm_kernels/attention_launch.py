@@ -141,7 +141,7 @@ def plan_forward(
     scale: float,
     merge_queries: bool,
 ) -> Forward:
-    """Shapes as in :func:`pm_kernels.fused_merge_attention`."""
+    """Shapes as in :func:`pm_kernels.fused_merge_attention`; merge may have zeros after its last column."""
     batch, heads, _, width = q.shape
     q, k, v = map(_addressable, (q, k, v))
     columns = max(16, _power_of_two(width))
@@ -217,6 +217,8 @@ def run_forward(
     merge_queries: bool,
 ) -> tuple[Tensor, Tensor]:
     """Plan the forward and run it: the output and lse. A call like one before takes up what that one prepared."""
+    q, k, v = map(_addressable, (q, k, v))
+    merge = None if merge is None else _padded(merge)
     inputs = (q, k, v, merge, gate, key_bias)
     key = (device, q.device, scale, merge_queries, _precision(q), *map(_layout, inputs))
     known = _prepared.get(key)

@@ -10,7 +10,7 @@ def check_attention(
     q: Tensor, k: Tensor, v: Tensor, merge: Tensor | None, gate: Tensor | None, key_bias: Tensor | None
 ) -> None:
     """Arguments of ``fused_merge_attention``: q, k, v (B,H,N,d), merge (C,N), gate and key_bias (B,H,keys)."""
-    _check_floating(q=q, k=k, v=v, merge=merge, gate=gate, key_bias=key_bias)
+    _check_floating(q=q, k=k, v=v)
     if q.dim() != 4:
         raise ValueError(f"q must have shape (B, H, N, d), got {_shape(q)}")
     if k.dim() != 4 or (merge is not None and k.shape != q.shape) or _but_tokens(k) != _but_tokens(q):
@@ -18,29 +18,41 @@ def check_attention(
         raise ValueError(f"k must have {expected}, got {_shape(k)}")
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k, {_shape(k)}, got {_shape(v)}")
-    _check_same(q, "q", dtype=True, k=k, v=v, merge=merge)
-    _check_same(q, "q", dtype=False, gate=gate, key_bias=key_bias)
+    _check_same(q, "q", dtype=True, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"{name} must have a contiguous last dimension (stride 1), got strides {tuple(tensor.stride())}"
             )
-    batch, heads, tokens, _ = q.shape
-    if merge is not None:
-        check_matrix("merge", merge, tokens, "the tokens of q")
-    keys = k.shape[2] if merge is None else merge.shape[0]
-    for name, tensor in (("gate", gate), ("key_bias", key_bias)):
-        if tensor is not None and not _broadcasts(tensor, (batch, heads, keys)):
-            raise ValueError(f"{name} must broadcast to (B, H, keys) = {(batch, heads, keys)}, got {_shape(tensor)}")
+    _check_merge_and_keys("q", q, k, merge, gate, key_bias)
 
 
-def check_packed(qkv: Tensor) -> None:
-    """The packed projection of ``fused_merge_attention_qkv``: qkv (B,N,3,H,d)."""
+def check_packed_attention(qkv: Tensor, merge: Tensor | None, gate: Tensor | None, key_bias: Tensor | None) -> None:
+    """Arguments of ``fused_merge_attention_qkv``: qkv (B,N,3,H,d), the others as in ``fused_merge_attention``."""
     _check_floating(qkv=qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (B, N, 3, H, d), got {_shape(qkv)}")
     if qkv.stride(-1) != 1 and qkv.shape[-1] > 1:
         raise ValueError(f"qkv must have a contiguous last dimension (stride 1), got strides {tuple(qkv.stride())}")
+    if merge is not None or gate is not None or key_bias is not None:
+        q = qkv[:, :, 0].transpose(1, 2)
+        _check_merge_and_keys("qkv", q, q, merge, gate, key_bias)
+
+
+def _check_merge_and_keys(
+    name: str, q: Tensor, k: Tensor, merge: Tensor | None, gate: Tensor | None, key_bias: Tensor | None
+) -> None:
+    """merge (C,N), gate and key_bias (B,H,keys), for q and k that have been checked as the argument ``name``."""
+    _check_floating(merge=merge, gate=gate, key_bias=key_bias)
+    _check_same(q, name, dtype=True, merge=merge)
+    _check_same(q, name, dtype=False, gate=gate, key_bias=key_bias)
+    batch, heads, tokens, _ = q.shape
+    if merge is not None:
+        check_matrix("merge", merge, tokens, f"the tokens of {name}")
+    keys = k.shape[2] if merge is None else merge.shape[0]
+    for option, tensor in (("gate", gate), ("key_bias", key_bias)):
+        if tensor is not None and not _broadcasts(tensor, (batch, heads, keys)):
+            raise ValueError(f"{option} must broadcast to (B, H, keys) = {(batch, heads, keys)}, got {_shape(tensor)}")
 
 
 def check_token_mix(x: Tensor, matrix: Tensor | SparseRows) -> None:

@@ -1,0 +1,70 @@
+"""What a call of fused_merge_attention costs on the CPU, before the GPU has anything to do.
+
+    python -m bench.call_cost [--output FILE]
+
+A ViT of 12 blocks makes 12 such calls, one after another, and at batch 1 it waits for them. The kernels are compiled
+for sm_90 and launched on a GPU that is not there, so the driver's own share of a launch is not in the figures.
+"""
+
+import argparse
+import json
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from pm_kernels import fused_merge_attention, fused_merge_attention_qkv
+from pm_models.files import write_atomically
+from pm_models.report import format_table
+
+from .machine import describe
+from .stand_in import stand_in
+
+
+def microseconds(function: Callable[[], object], calls: int = 2000) -> float:
+    """The fastest of five rounds, a call."""
+    function()
+    return 1e6 * min(timeit.repeat(function, number=calls, repeat=5)) / calls
+
+
+def measure() -> dict[str, float]:
+    """Microseconds a call, by case."""
+    qkv = torch.randn(1, 118, 3, 6, 64, dtype=torch.bfloat16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    gate, merge = torch.ones(118), torch.randn(60, 118, dtype=torch.bfloat16)
+    # One token, so that PyTorch's own attention has nothing to compute either.
+    one = [x[:, :, :1] for x in (q, k, v)]
+    trained = qkv.clone().requires_grad_()
+    with stand_in(), torch.inference_mode():
+        costs = {
+            "fused_merge_attention": microseconds(lambda: fused_merge_attention(q, k, v)),
+            "fused_merge_attention, gate": microseconds(lambda: fused_merge_attention(q, k, v, gate=gate)),
+            "fused_merge_attention, merge": microseconds(lambda: fused_merge_attention(q, k, v, merge)),
+            "fused_merge_attention_qkv": microseconds(lambda: fused_merge_attention_qkv(qkv)),
+        }
+    with stand_in(), torch.enable_grad():
+        costs["fused_merge_attention_qkv, recorded for backward"] = microseconds(
+            lambda: fused_merge_attention_qkv(trained)
+        )
+    with torch.inference_mode():
+        costs["scaled_dot_product_attention of one token, on the CPU"] = microseconds(
+            lambda: F.scaled_dot_product_attention(*one)
+        )
+    return costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=None, help="write the figures to a JSON file")
+    options = parser.parse_args()
+    costs = measure()
+    print(format_table([("case", "microseconds"), *((name, f"{value:.1f}") for name, value in costs.items())]))
+    if options.output is not None:
+        records = [{"case": f"call_cost/{name}", "op": "attention", "ours_us": value} for name, value in costs.items()]
+        write_atomically(options.output, (json.dumps({**describe(), "records": records}, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

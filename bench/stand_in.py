@@ -1,0 +1,62 @@
+"""A GPU that is not there: Triton compiles for it and launches on it, and nothing runs.
+
+What Python does between a call and the launch can be measured, and looked at, on any machine.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from pm_kernels import attention, attention_op
+from pm_kernels.launch import Device
+
+from .resources import TARGETS
+
+
+class StandIn:
+    """Triton's view of a device of one family, whose launches are kept in ``launched``."""
+
+    def __init__(self, family: int) -> None:
+        self._family = family
+        self.launched: list[tuple] = []
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._family, 32)
+
+    def get_device_properties(self, device: int) -> dict:
+        target = TARGETS[self._family]
+        return {"max_shared_mem": target.shared_per_program, "multiprocessor_count": target.multiprocessors}
+
+    def load_binary(self, *_: object) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spills, threads that fit."""
+        return 0, 0, 0, 0, 1024
+
+    def launcher_cls(self, *_: object) -> object:
+        return lambda *arguments: self.launched.append(arguments)
+
+
+@contextmanager
+def stand_in(family: int = 90) -> Iterator[StandIn]:
+    """Kernels on CPU tensors are launched on a stand-in. Not where Triton's interpreter is chosen."""
+    target = TARGETS[family]
+    device = Device(family, target.multiprocessors, target.shared_per_program)
+    before = attention_op.kernel_device, attention.use_kernels
+    standing = StandIn(family)
+    driver.set_active(standing)
+    attention_op.kernel_device, attention.use_kernels = lambda tensor: device, lambda *_, **__: True
+    try:
+        with torch.no_grad():
+            yield standing
+    finally:
+        attention_op.kernel_device, attention.use_kernels = before
+        driver.set_active(None)  # Triton looks for its own again when it needs one
