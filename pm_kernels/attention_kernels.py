@@ -17,6 +17,12 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of float32. Triton 3.6 cannot put an element of a tuple into a shape."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def load_rows(p_x, o_n, count, STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     """Rows ``o_n`` [R] of a matrix (count, WIDTH): [R, COLUMNS], zeros past its edges. WHOLE: no row is past them."""
     o_d = tl.arange(0, COLUMNS)
@@ -194,8 +200,8 @@ def forward_resident(
     for i in tl.static_range(len(PIECES)):
         o_k = start + tl.arange(0, PIECES[i])
         if p_merge is not None:
-            b_k = tl.zeros([PIECES[i], COLUMNS], tl.float32)
-            b_v = tl.zeros([PIECES[i], COLUMNS], tl.float32)
+            b_k = zeros(PIECES[i], COLUMNS)
+            b_v = zeros(PIECES[i], COLUMNS)
             b_q = tl.zeros([ROWS, COLUMNS], tl.float32)
             for n in tl.range(0, tokens, CHUNK, num_stages=STAGES):
                 o_n = n + tl.arange(0, CHUNK)
@@ -341,7 +347,7 @@ def backward_resident(
         b_dout = load_rows(p_dout, o_q, queries, DOUT_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
         b_qs += (b_q,)
         b_douts += (b_dout,)
-        b_dqs += (tl.zeros([PIECES[i], COLUMNS], tl.float32),)
+        b_dqs += (zeros(PIECES[i], COLUMNS),)
         b_lses += (tl.load(p_lse + o_q, mask=o_q < queries, other=float("inf")),)
         b_deltas += (tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1),)
         start += PIECES[i]

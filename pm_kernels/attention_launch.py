@@ -518,7 +518,9 @@ def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[
         return values, False
     if values.numel() == values.shape[-1]:
         return values.reshape(-1).expand(keys).contiguous(), False
-    return values.expand(batch, heads, keys).contiguous(), True
+    if values.shape != (batch, heads, keys):
+        values = values.expand(batch, heads, keys)
+    return values if values.is_contiguous() else values.contiguous(), True
 
 
 def _precision(x: Tensor) -> str:
