@@ -12,14 +12,18 @@ from pathlib import Path
 import torch
 
 
-def describe() -> dict:
+def describe(device: str = "cpu") -> dict:
     """Device, versions, commit and date, and the rates measured now."""
+    facts = {"threads": torch.get_num_threads()} if device == "cpu" else {"driver": _driver()}
     return {
-        "device": _processor(),
-        "threads": torch.get_num_threads(),
+        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(),
+        **facts,
         **versions(),
-        "copy_gbps": copy_gbps(),
-        "matmul_tflops": {"float32": matmul_tflops(torch.float32), "bfloat16": matmul_tflops(torch.bfloat16)},
+        "copy_gbps": copy_gbps(device),
+        "matmul_tflops": {
+            "float32": matmul_tflops(torch.float32, device),
+            "bfloat16": matmul_tflops(torch.bfloat16, device),
+        },
     }
 
 
@@ -33,27 +37,39 @@ def versions() -> dict:
     }
 
 
-def copy_gbps() -> float:
+def copy_gbps(device: str = "cpu") -> float:
     """Gigabytes per second of a large copy, reads and writes counted."""
-    source = torch.randn(2**26)
+    source = torch.randn(2**26 if device == "cpu" else 2**30, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source)) / 1e9
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e9
 
 
-def matmul_tflops(dtype: torch.dtype) -> float:
-    """10^12 floating-point operations per second of a square product of 2048."""
-    a, b = torch.randn(2, 2048, 2048).to(dtype)
-    return 2 * 2048**3 / _seconds(lambda: a @ b) / 1e12
+def matmul_tflops(dtype: torch.dtype, device: str = "cpu") -> float:
+    """10^12 floating-point operations per second of a large square product of random numbers."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / _seconds(lambda: a @ b, device) / 1e12
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    function()
+def _seconds(function: Callable[[], object], device: str) -> float:
     times = []
-    for _ in range(7):
+    for _ in range(8):
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         function()
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times[1:])
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def _processor() -> str:

@@ -83,7 +83,7 @@ def pieces(count: int) -> tuple[int, ...]:
 
 def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bool) -> Tiles | None:
     """Blocks of keys, rows of queries; None where the keys do not fit on the chip."""
-    if keys > RESIDENT * 128 // max(128, columns * size):
+    if keys > (RESIDENT if size == 2 else RESIDENT // 2) * 64 // max(64, columns):
         return None
     if not merged:
         return Tiles(pieces(keys), 64, 4, 1)
@@ -92,7 +92,7 @@ def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bo
     if 64 < keys <= 128:
         return Tiles((128,), 128, 8, 1)
     blocks = max(1, -(-keys // 64))
-    if blocks > 3 and device.family == 80:
+    if device.family == 80 and blocks > (3 if columns == 64 else 2):
         return None
     return Tiles((64,) * blocks, 64 if blocks == 1 or device.family > 80 else 32, 4, 1)
 
@@ -114,20 +114,20 @@ def backward_tiles(device: Device, size: int, columns: int, queries: int, merged
     return _BACKWARD[device.family][index]
 
 
-def streaming_tiles(row: int) -> tuple[int, int]:
-    """Rows of queries and step of keys, for a head's row of that many bytes."""
-    if row <= 128:
-        return 128, 64
-    return 64, 32 if row <= 256 else 16
+def streaming_tiles(size: int, columns: int) -> tuple[int, int]:
+    """Rows of queries and step of keys, for heads of so many columns of so many bytes."""
+    if size * columns > 128:
+        return 64, 32 if size * columns <= 256 else 16
+    return (128, 64) if columns == 64 else (64, 64)
 
 
-def streaming_backward_tiles(device: Device, row: int) -> tuple[int, int, int]:
-    """Rows of queries, the step of either pass, and rows of keys, for a head's row of that many bytes."""
-    if row > 256:
+def streaming_backward_tiles(device: Device, size: int, columns: int) -> tuple[int, int, int]:
+    """Rows of queries, the step of either pass, and rows of keys, for heads of so many columns of so many bytes."""
+    if size * columns > 256:
         return 64, 16, 32
     if device.family == 80:
-        return 64, 32, 64 if row <= 128 else 32
-    return 64, 64 if row <= 128 else 32, 64
+        return 64, 32, 64 if size == 2 and columns <= 64 else 32
+    return 64, 64 if size * columns <= 128 else 32, 64
 
 
 def plan_forward(
@@ -165,7 +165,7 @@ def plan_forward(
         "PRECISION": _precision(q),
     }
     if tiles is None:
-        rows, step = streaming_tiles(columns * size)
+        rows, step = streaming_tiles(size, columns)
         programs = -(-queries // rows)
         launches.append(
             Launch(
@@ -329,7 +329,7 @@ def plan_backward(
         )
     else:
         delta = torch.empty_like(lse)
-        rows, step, block = streaming_backward_tiles(device, columns * size)
+        rows, step, block = streaming_backward_tiles(device, size, columns)
         query_programs, key_programs = -(-queries // rows), -(-keys // block)
         launches.append(
             Launch(

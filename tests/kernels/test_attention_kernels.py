@@ -10,7 +10,14 @@ from helpers import attention_written_out, packed_qkv
 from packaging.version import Version
 from torch.utils.flop_counter import FlopCounterMode
 
-from pm_kernels import attention_launch, backend, fused_merge_attention, fused_merge_attention_qkv, reference
+from pm_kernels import (
+    attention_launch,
+    attention_op,
+    backend,
+    fused_merge_attention,
+    fused_merge_attention_qkv,
+    reference,
+)
 from pm_kernels.attention_op import attention, attention_backward
 from pm_kernels.launch import INTERPRETER, Device, Launch
 
@@ -105,6 +112,20 @@ def test_merged_attention(tokens, merged):
 def test_head_widths(width, tokens, merged):
     _, qkv = packed_qkv(1, 2, tokens, width, dtype=torch.float32)
     compare(qkv, arguments_for(1, 2, tokens, merged, "gate+key_bias"))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the block sizes of its own family")
+@pytest.mark.parametrize("options", ["", "gate+key_bias"], ids=["plain", "gate+key_bias"])
+@pytest.mark.parametrize(
+    ("tokens", "merged"),
+    [(50, None), (118, None), (150, None), (197, None), (197, 40), (197, 118), (130, 150), (50, 197)],
+)
+@pytest.mark.parametrize("family", [80, 90, 100])
+def test_block_sizes_of_every_family(monkeypatch, family, tokens, merged, options):
+    """Heads of 64, which have block sizes of their own on each family of GPUs."""
+    monkeypatch.setattr(attention_op, "kernel_device", lambda q: INTERPRETER._replace(family=family))
+    _, qkv = packed_qkv(1, 1, tokens, 64, dtype=torch.float32)
+    compare(qkv, arguments_for(1, 1, tokens, merged, options))
 
 
 LAYOUTS = {

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import images_for, plan_for, small_vit
 from timm.layers import Attention
 
+from pm_kernels import backend
 from pm_models import compress, score_tokens
 
 
@@ -141,3 +142,19 @@ def test_errors():
     dropping = small_vit(attn_drop_rate=0.1)
     with pytest.raises(ValueError, match="attention dropout must be 0 .*, got 0.1"):
         score_tokens(dropping, [(images_for(dropping), torch.zeros(3).long())], batches=1)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton 3.6
+def test_the_kernels_score_as_the_reference():
+    """The whole dense model, forward and backward, attends and scores through the Triton kernels."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = small_vit(reg_tokens=2).to(device)
+    batches = [(images_for(model), torch.randint(0, 7, (3,), device=device)) for _ in range(2)]
+    batches = [(images.to(device), labels) for images, labels in batches]
+    scores = {}
+    for name in ("triton", "reference"):
+        with backend(name):
+            scores[name] = score_tokens(model, batches, batches=2)
+    torch.testing.assert_close(scores["triton"], scores["reference"], rtol=1e-4, atol=1e-7)
+    assert scores["triton"].abs().min() > 0
