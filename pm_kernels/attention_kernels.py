@@ -157,7 +157,7 @@ def store_attended(
     """Normalise and write the rows ``o_q`` of the output, and their lse."""
     m_empty = b_sum == 0
     b_sum = tl.where(m_empty, 1.0, b_sum)
-    store_rows(p_out, b_out / b_sum[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
+    store_rows(p_out, b_out * (1.0 / b_sum)[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
     b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
     tl.store(p_lse + o_q, b_lse, mask=o_q < queries)
 

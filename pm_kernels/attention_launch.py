@@ -524,8 +524,8 @@ def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[
 
 
 def _precision(x: Tensor) -> str:
-    """How products of float32 are taken, by PyTorch's own setting for matrix products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How products of float32 are taken, by PyTorch's own setting for matrix products; of no meaning for others."""
+    return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _power_of_two(value: int) -> int:
