@@ -28,7 +28,7 @@ from pm_models.files import write_atomically
 
 from . import machine
 
-WIDTHS = (16, 32, 64, 80, 96, 128)
+WIDTHS = (16, 32, 64, 80, 128)  # 96 is compiled as 80 is
 DTYPES = ("bfloat16", "float32")
 LENGTHS = (16, 32, 64, 80, 96, 128, 144, 160, 192, 208, 224, 256, 577)
 MERGED = (64, 128, 192, 256, 577)  # tokens after merging

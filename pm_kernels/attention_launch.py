@@ -27,32 +27,33 @@ class Tiles(NamedTuple):
     transposed: bool = False  # the gradients of keys and values are formed as [D, K]
 
 
-# Backward, by family, for up to 64, 128, 192, 256 queries: what spills no register, with most programs in flight.
+# Backward, by family, for up to 64, 128, 192, 256 queries: what spills no register with Triton 3.6 nor with 3.9, and
+# has most programs in flight.
 _BACKWARD = {
     80: (
         Tiles((64,), 16, 4, 2, True),
         Tiles((128,), 16, 4, 2, True),
-        Tiles((128, 64), 16, 8, 1, True),
+        Tiles((128, 64), 16, 8, 2, True),
         Tiles((256,), 16, 8, 1, True),
     ),
     90: (
         Tiles((64,), 32, 4, 2, True),
         Tiles((128,), 32, 8, 2, True),
-        Tiles((128, 64), 16, 8, 2, True),
-        Tiles((256,), 32, 8, 2, True),
+        Tiles((128, 64), 16, 8, 1, True),
+        Tiles((256,), 32, 8, 1, True),
     ),
     100: (
         Tiles((64,), 32, 4, 2),
         Tiles((128,), 32, 8, 2),
         Tiles((128, 64), 16, 8, 1),
-        Tiles((256,), 32, 8, 2),
+        Tiles((64, 64, 64, 64), 16, 8, 1),
     ),
 }
 # Backward with the merge inside, for up to 64, 128 queries.
 _MERGED_BACKWARD = {
     80: (Tiles((64,), 16, 4, 1, True), Tiles((128,), 16, 8, 1, True)),
-    90: (Tiles((64,), 64, 4, 1, True), Tiles((128,), 64, 8, 1, True)),
-    100: (Tiles((64,), 64, 8, 1), Tiles((128,), 32, 8, 1, True)),
+    90: (Tiles((64,), 64, 8, 1, True), Tiles((128,), 64, 8, 1, True)),
+    100: (Tiles((64,), 64, 8, 1), Tiles((128,), 16, 8, 1, True)),
 }
 
 
@@ -83,7 +84,10 @@ def pieces(count: int) -> tuple[int, ...]:
 
 def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bool) -> Tiles | None:
     """Blocks of keys, rows of queries; None where the keys do not fit on the chip."""
-    if keys > (RESIDENT if size == 2 else RESIDENT // 2) * 64 // max(64, columns):
+    limit = (RESIDENT if size == 2 else RESIDENT // 2) * 64 // max(64, columns)
+    if device.family == 80 and columns > 64:
+        limit = 64
+    if keys > limit:
         return None
     if not merged:
         return Tiles(pieces(keys), 64, 4, 1)
@@ -94,7 +98,9 @@ def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bo
     blocks = max(1, -(-keys // 64))
     if device.family == 80 and blocks > (3 if columns == 64 else 2):
         return None
-    return Tiles((64,) * blocks, 64 if blocks == 1 or device.family > 80 else 32, 4, 1)
+    if device.family == 80:
+        return Tiles((64,), 64, 4, 2) if blocks == 1 else Tiles((64,) * blocks, 32, 4, 1)
+    return Tiles((64,) * blocks, 64, 4, 1)
 
 
 def backward_tiles(device: Device, size: int, columns: int, queries: int, merged: bool, plain: bool) -> Tiles | None:
@@ -109,8 +115,8 @@ def backward_tiles(device: Device, size: int, columns: int, queries: int, merged
         return Tiles((64 << index,), 64, 4 << index, 2, device.family == 100)
     if merged:
         return _MERGED_BACKWARD[device.family][index]
-    if device.family == 90 and index == 2 and plain:
-        return Tiles((128, 64), 16, 4, 2, True)
+    if index == 2 and not plain and device.family < 100:
+        index = 3  # gate or bias take the registers that two pieces need
     return _BACKWARD[device.family][index]
 
 
@@ -483,11 +489,12 @@ def _merge_gradient_launch(
         "splits": splits,
         "ROWS": 64,
         "TOKENS": 64,
-        "CHUNK": 64 if k.element_size() == 2 else 32,
+        "CHUNK": 64 if k.element_size() == 2 and device.family > 80 else 32,
         "PRECISION": _precision(k),
     }
     grid = row_programs * token_programs * splits
-    return Launch(kernels.merge_gradient, grid, arguments, warps=4, stages=2 if k.element_size() == 2 else 1), partial
+    stages = 2 if device.family == 90 and k.element_size() == 2 else 1
+    return Launch(kernels.merge_gradient, grid, arguments, warps=4, stages=stages), partial
 
 
 def _addressable(x: Tensor) -> Tensor:
