@@ -494,7 +494,8 @@ def _merge_gradient_launch(
     }
     grid = row_programs * token_programs * splits
     stages = 2 if device.family == 90 and k.element_size() == 2 else 1
-    return Launch(kernels.merge_gradient, grid, arguments, warps=4, stages=stages), partial
+    warps = 8 if device.family == 80 else 4
+    return Launch(kernels.merge_gradient, grid, arguments, warps, stages), partial
 
 
 def _addressable(x: Tensor) -> Tensor:
