@@ -3,6 +3,7 @@
 What Python does between a call and the launch can be measured, and looked at, on any machine.
 """
 
+import collections
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,11 +18,11 @@ from .resources import TARGETS
 
 
 class StandIn:
-    """Triton's view of a device of one family, whose launches are kept in ``launched``."""
+    """Triton's view of a device of one family, whose last launches are kept in ``launched``."""
 
     def __init__(self, family: int) -> None:
         self._family = family
-        self.launched: list[tuple] = []
+        self.launched: collections.deque[tuple] = collections.deque(maxlen=16)
         self.utils = self
 
     def get_current_device(self) -> int:

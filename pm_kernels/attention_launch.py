@@ -223,7 +223,6 @@ def run_forward(
     merge_queries: bool,
 ) -> tuple[Tensor, Tensor]:
     """Plan the forward and run it: the output and lse. A call like one before takes up what that one prepared."""
-    q, k, v = map(_addressable, (q, k, v))
     merge = None if merge is None else _padded(merge)
     inputs = (q, k, v, merge, gate, key_bias)
     key = (device, q.device, scale, merge_queries, _precision(q), *map(_layout, inputs))
