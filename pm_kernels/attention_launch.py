@@ -208,6 +208,7 @@ def plan_forward(
     return Forward(launches, out, lse)
 
 
+_FORWARD_TENSORS = ("p_q", "p_k", "p_v", "p_merge", "p_gate", "p_bias", "p_out", "p_lse")
 _prepared: dict[tuple, tuple[Prepared, tuple[int, ...]]] = {}
 
 
@@ -235,11 +236,13 @@ def run_forward(
         return out, lse
     plan = plan_forward(device, q, k, v, merge, gate, key_bias, scale, merge_queries)
     compiled = [launch.run() for launch in plan.launches]
-    tensors = (*inputs, plan.out, plan.lse)
-    if len(compiled) == 1 and hasattr(compiled[0], "function") and _takes_only(plan.launches[0], tensors):
+    launch, *others = plan.launches
+    # Only a launch that takes the inputs themselves, not copies, can be run again on others; the interpreter's cannot.
+    taken = all(launch.arguments.get(name) is x for name, x in zip(_FORWARD_TENSORS, inputs, strict=False))
+    if taken and not others and compiled[0] is not None and not device.interpreter:
         if len(_prepared) >= 4096:
             _prepared.clear()
-        _prepared[key] = Prepared(plan.launches[0], compiled[0], tensors), tuple(plan.out.shape)
+        _prepared[key] = Prepared(launch, compiled[0], _FORWARD_TENSORS), tuple(plan.out.shape)
     return plan.out, plan.lse
 
 
@@ -248,15 +251,6 @@ def _layout(tensor: Tensor | None) -> tuple | None:
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
-
-
-def _takes_only(launch: Launch, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a launch reads and writes these tensors themselves, not copies of them."""
-    return all(
-        any(argument is tensor for tensor in tensors)
-        for argument in launch.arguments.values()
-        if isinstance(argument, Tensor)
-    )
 
 
 def plan_backward(

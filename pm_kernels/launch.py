@@ -58,18 +58,14 @@ class Prepared:
     Args:
         launch: the launch.
         compiled: what its :meth:`Launch.run` returned.
-        tensors: the tensors that may change, in the order in which :meth:`run` takes them; every tensor of the launch
-            is one of them.
+        names: the arguments that :meth:`run` is given, in that order; every tensor of the launch is one of them.
     """
 
-    def __init__(self, launch: Launch, compiled: Any, tensors: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, launch: Launch, compiled: Any, names: Sequence[str]) -> None:
         self._runner = compiled[(launch.programs, 1, 1)]
-        self._arguments = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
-        self._slots = []
-        for position, argument in enumerate(self._arguments):
-            if isinstance(argument, torch.Tensor):
-                self._slots.append((position, next(i for i, tensor in enumerate(tensors) if tensor is argument)))
-                self._arguments[position] = None
+        parameters = [parameter.name for parameter in launch.kernel.params]
+        self._arguments = [None if name in names else launch.arguments[name] for name in parameters]
+        self._slots = [(parameters.index(name), index) for index, name in enumerate(names) if name in parameters]
 
     def run(self, tensors: Sequence[torch.Tensor | None]) -> None:
         arguments = self._arguments.copy()

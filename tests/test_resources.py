@@ -64,10 +64,16 @@ REPEATED = """
 import torch
 from bench.stand_in import stand_in
 from pm_kernels import fused_merge_attention
+from pm_kernels.attention_launch import _prepared
 
 def inputs(offset=0):
     qkv = torch.empty(2 * 9 * 3 * 2 * 16 + 8, dtype=torch.float16)[offset : offset + 2 * 9 * 3 * 2 * 16]
     return qkv.view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+
+def same(before, after):
+    if isinstance(before, torch.Tensor):
+        return (before.shape, before.stride(), before.dtype) == (after.shape, after.stride(), after.dtype)
+    return before is after or before == after
 
 gate, bias, merge = torch.ones(9), torch.zeros(2, 2, 9), torch.ones(5, 9, dtype=torch.float16)
 kept = []  # so that no memory is used twice
@@ -80,27 +86,27 @@ with stand_in() as device:
         {"merge": merge, "merge_queries": False},
     ):
         for offset in (0, 8, 1):
+            # What one tensor in three places prepares must serve three tensors, and the other way round.
+            fused_merge_attention(*3 * [inputs(offset)[0]], **options)
             device.launched.clear()
-            for _ in range(3):
-                kept.append((inputs(offset), ))
-                kept.append(fused_merge_attention(*kept[-1][0], **options))
-            first, *repeated = device.launched
-            for launch in repeated:
-                assert len(launch) == len(first)
-                changed = []
-                for before, after in zip(first, launch):
-                    if isinstance(before, torch.Tensor):
-                        assert before.dtype == after.dtype
-                        assert (before.shape, before.stride()) == (after.shape, after.stride())
-                        changed.append(before is not after)
-                    elif type(before).__name__ != "LazyDict":  # what a profiler is told of one launch
-                        assert before is after or before == after, (before, after)
-                assert sum(changed) >= 5  # q, k, v, out, lse
-            own = [x.data_ptr() for x in (*kept[-2][0], kept[-1])]
-            assert set(own) <= {x.data_ptr() for x in repeated[-1] if isinstance(x, torch.Tensor)}
-    # Other shapes, strides, alignments and options are other launches, and each is planned once.
-    from pm_kernels.attention_launch import _prepared
-    assert len(_prepared) == 5 * 2, len(_prepared)
+            for planned in (False, True, False):
+                if planned:
+                    _prepared.clear()
+                kept.append(own := inputs(offset))
+                kept.append((fused_merge_attention(*own, **options),))
+                addresses = {x.data_ptr() for x in device.launched[-1] if isinstance(x, torch.Tensor)}
+                assert {x.data_ptr() for x in kept[-1] + own} <= addresses
+                assert len(addresses) == 5 + len({"gate", "key_bias", "merge"} & set(options))
+            # LazyDict is what a profiler is told of one launch.
+            launched = [[x for x in launch if type(x).__name__ != "LazyDict"] for launch in device.launched]
+            assert len(launched) == 3 and len({len(launch) for launch in launched}) == 1
+            for launch in launched[1:]:
+                assert all(map(same, launched[0], launch))
+    _prepared.clear()
+    for options in ({}, {"scale": 0.5}, {"gate": gate}, {"merge": merge}):
+        for offset in (0, 8, 1):
+            fused_merge_attention(*inputs(offset), **options)
+    assert len(_prepared) == 4 * 2, len(_prepared)  # options, and alignments
 print("as the first")
 """
 
