@@ -1,5 +1,6 @@
 """Which implementation the ops run: the Triton kernels or the PyTorch reference."""
 
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -119,6 +120,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 
 @torch.compiler.assume_constant_result
 def _has_kernels(device: torch.device) -> bool:
+    return _runs_kernels(device)
+
+
+@functools.cache
+def _runs_kernels(device: torch.device) -> bool:
     return _installed() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
