@@ -83,7 +83,10 @@ def pieces(count: int) -> tuple[int, ...]:
 
 
 def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bool) -> Tiles | None:
-    """Blocks of keys, rows of queries; None where the keys do not fit on the chip."""
+    """Blocks of keys, rows of queries; None where the keys do not fit on the chip.
+
+    What fits was found by compiling: one block of keys more, and registers spill.
+    """
     limit = (RESIDENT if size == 2 else RESIDENT // 2) * 64 // max(64, columns)
     if device.family == 80 and columns > 64:
         limit = 64
