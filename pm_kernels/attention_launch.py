@@ -88,14 +88,14 @@ def forward_tiles(device: Device, size: int, columns: int, keys: int, merged: bo
     What fits was found by compiling: one block of keys more, and registers spill.
     """
     limit = (RESIDENT if size == 2 else RESIDENT // 2) * 64 // max(64, columns)
-    if device.family == 80 and columns > 64:
+    if device.family == 80 and size * columns > 128:
         limit = 64
     if keys > limit:
         return None
     if not merged:
         return Tiles(pieces(keys), 64, 4, 1)
     if columns > 64 or size == 4:
-        return Tiles((64,), 64, 4, 1) if keys <= 64 and columns <= 64 else None
+        return Tiles((64,), 64, 4, 1) if keys <= 64 and columns <= 64 and device.family > 80 else None
     if 64 < keys <= 128:
         return Tiles((128,), 128, 8, 1)
     blocks = max(1, -(-keys // 64))
@@ -123,11 +123,13 @@ def backward_tiles(device: Device, size: int, columns: int, queries: int, merged
     return _BACKWARD[device.family][index]
 
 
-def streaming_tiles(size: int, columns: int) -> tuple[int, int]:
+def streaming_tiles(device: Device, size: int, columns: int) -> tuple[int, int]:
     """Rows of queries and step of keys, for heads of so many columns of so many bytes."""
-    if size * columns > 128:
-        return 64, 32 if size * columns <= 256 else 16
-    return (128, 64) if columns == 64 else (64, 64)
+    if size * columns > 256 or (device.family == 80 and size * columns == 256 and size == 4):
+        return 64, 16
+    if columns < 64:
+        return 64, 32 if size == 2 else 64
+    return (128, 64) if size * columns == 128 else (64, 32)
 
 
 def streaming_backward_tiles(device: Device, size: int, columns: int) -> tuple[int, int, int]:
@@ -174,7 +176,7 @@ def plan_forward(
         "PRECISION": _precision(q),
     }
     if tiles is None:
-        rows, step = streaming_tiles(size, columns)
+        rows, step = streaming_tiles(device, size, columns)
         programs = -(-queries // rows)
         launches.append(
             Launch(
