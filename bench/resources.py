@@ -1,7 +1,7 @@
 """What the compiler makes of each kernel: registers, spills, shared memory, occupancy and matrix instructions.
 
 python -m bench.resources                 # every configuration, for sm_80, sm_90 and sm_100; needs no GPU
-python -m bench.resources --target 90 --width 64 --dtype bfloat16
+python -m bench.resources --target 90 --dtype bfloat16 --head-width 64 --width 384
 
 Kernels are compiled as the package would launch them, from plans for tensors without memory. A program that needs more
 registers than there are shows a stack above 0; a matrix product off the fast path of sm_90 shows HMMA for HGMMA.
@@ -28,7 +28,8 @@ from pm_models.files import write_atomically
 
 from . import machine
 
-WIDTHS = (16, 32, 64, 80, 128)  # 96 is compiled as 80 is
+HEAD_WIDTHS = (16, 32, 64, 80, 128)  # 96 is compiled as 80 is
+WIDTHS = (192, 384, 768, 1024, 1280, 1664)
 DTYPES = ("bfloat16", "float32")
 LENGTHS = (16, 32, 64, 80, 96, 128, 144, 160, 192, 208, 224, 256, 577)
 MERGED = (64, 128, 192, 256, 577)  # tokens after merging
@@ -54,55 +55,110 @@ TARGETS = {
 }
 
 
-class Case(NamedTuple):
+class AttentionCase(NamedTuple):
     """One call of fused_merge_attention whose kernels are compiled."""
 
     target: int
     dtype: str
-    width: int
+    width: int  # of a head
     tokens: int
     merged: int | None  # tokens after merging
     merge_queries: bool
     extras: bool  # with gate and bias, per head, and their gradients
 
+    def launches(self) -> list[NamedTuple]:
+        """What the package would launch: forward, then backward with every gradient."""
+        from pm_kernels import attention_launch
 
-def cases(targets: Iterable[int], dtypes: Iterable[str], widths: Iterable[int]) -> Iterator[Case]:
-    """Every length of the tables, plain, merged, and with the queries left unmerged."""
-    for target, dtype, width, extras in itertools.product(targets, dtypes, widths, (False, True)):
-        for tokens in LENGTHS:
-            yield Case(target, dtype, width, tokens, None, True, extras)
-        for merged in MERGED:
-            for merge_queries in (True, False):
-                yield Case(target, dtype, width, 197 if merged <= 256 else 1601, merged, merge_queries, extras)
+        device, dtype = _device(self.target), getattr(torch, self.dtype)
+        batch, heads = 256, 6
+        qkv = torch.empty(batch, self.tokens, 3, heads, self.width, dtype=dtype, device="meta")
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        keys = self.merged or self.tokens
+        merge = torch.empty(self.merged, self.tokens, dtype=dtype, device="meta") if self.merged else None
+        gate = torch.empty(batch, heads, keys, device="meta") if self.extras else None
+        options = (merge, gate, gate, self.width**-0.5, self.merge_queries)
+        forward = attention_launch.plan_forward(device, q, k, v, *options)
+        dout = torch.empty_like(forward.out)
+        wanted = (self.merged is not None, self.extras, self.extras)
+        backward = attention_launch.plan_backward(device, dout, q, k, v, forward.out, forward.lse, *options, wanted)
+        return forward.launches + backward.launches
 
 
-def launches(case: Case) -> list[NamedTuple]:
-    """What the package would launch for a case: forward, then backward with every gradient."""
-    from pm_kernels import attention_launch
+class MixCase(NamedTuple):
+    """One transition whose kernels are compiled."""
+
+    target: int
+    dtype: str
+    width: int
+    matrix: str  # sparse, dense, or blocks
+    extras: bool  # with the LayerNorm, carried rows, and an update
+
+    def launches(self) -> list[NamedTuple]:
+        """What the package would launch: forward, then backward with every gradient."""
+        from pm_kernels import token_mix_launch as mix
+        from pm_kernels.sparse import CHUNK, LISTED
+
+        device, batch, rows, kept = _device(self.target), 256, 137, 118 if self.extras else 137
+        tokens, entries = rows, 192
+
+        def floating(*shape: int) -> torch.Tensor:
+            return torch.empty(*shape, dtype=getattr(torch, self.dtype), device="meta")
+
+        def integers(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.int32, device="meta")
+
+        y, rest = floating(batch, kept, self.width), floating(batch, rows - kept, self.width) if self.extras else None
+        update = y if self.extras and self.matrix == "sparse" else None
+        state = mix.State(y, update, rest)
+        structure = {
+            "sparse": [integers(n) for n in (rows, entries, tokens, entries, entries)],
+            "dense": [],
+            "blocks": [integers(-(-rows // LISTED) + 1), integers(9)],
+        }[self.matrix]
+        matrix = floating(entries) if self.matrix == "sparse" else floating(rows, -(-tokens // CHUNK) * CHUNK)
+        weight = torch.empty(self.width, device="meta") if self.extras else None
+        normed = kept if self.extras else 0
+        forward = mix.plan_forward(device, state, matrix, structure, weight, weight, 1e-6, kept, normed)
+        backward = mix.plan_backward(
+            device, y, rest, y if self.extras else None, state, y,
+            matrix if self.matrix == "sparse" else floating(rows, tokens), structure, weight, 1e-6, kept, tokens,
+            (True, True, self.extras),
+        )  # fmt: skip
+        return forward.launches + backward.launches
+
+
+Case = AttentionCase | MixCase
+
+
+def _device(target: int) -> NamedTuple:
     from pm_kernels.launch import Device
 
-    target = TARGETS[case.target]
-    device = Device(target.family, target.multiprocessors, target.shared_per_program)
-    dtype = getattr(torch, case.dtype)
     torch.set_float32_matmul_precision("high")
-    batch, heads = 256, 6
-    qkv = torch.empty(batch, case.tokens, 3, heads, case.width, dtype=dtype, device="meta")
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    keys = case.merged or case.tokens
-    merge = torch.empty(case.merged, case.tokens, dtype=dtype, device="meta") if case.merged else None
-    gate = torch.empty(batch, heads, keys, device="meta") if case.extras else None
-    options = (merge, gate, gate, case.width**-0.5, case.merge_queries)
-    forward = attention_launch.plan_forward(device, q, k, v, *options)
-    dout = torch.empty_like(forward.out)
-    wanted = (case.merged is not None, case.extras, case.extras)
-    backward = attention_launch.plan_backward(device, dout, q, k, v, forward.out, forward.lse, *options, wanted)
-    return forward.launches + backward.launches
+    return Device(target, TARGETS[target].multiprocessors, TARGETS[target].shared_per_program)
+
+
+def cases(
+    targets: Iterable[int], dtypes: Iterable[str], head_widths: Iterable[int], widths: Iterable[int]
+) -> Iterator[Case]:
+    """Attention at every length of the tables, plain, merged, and with the queries left unmerged; and every mix."""
+    for target, dtype, extras in itertools.product(targets, dtypes, (False, True)):
+        for width in head_widths:
+            for tokens in LENGTHS:
+                yield AttentionCase(target, dtype, width, tokens, None, True, extras)
+            for merged in MERGED:
+                for merge_queries in (True, False):
+                    tokens = 197 if merged <= 256 else 1601
+                    yield AttentionCase(target, dtype, width, tokens, merged, merge_queries, extras)
+        for width in widths:
+            for matrix in ("sparse", "dense", "blocks"):
+                yield MixCase(target, dtype, width, matrix, extras)
 
 
 def report(task: tuple[Case, int]) -> dict:
     """One launch of a case, compiled."""
     case, index = task
-    launch = launches(case)[index]
+    launch = case.launches()[index]
     facts = {"target": f"sm_{case.target}", "dtype": case.dtype, "width": case.width, "extras": case.extras}
     return facts | compile_for(TARGETS[case.target], launch)
 
@@ -111,7 +167,7 @@ def tasks(chosen: Iterable[Case]) -> list[tuple[Case, int]]:
     """The launches of all cases, each kernel that the compiler sees once."""
     found = {}
     for case in chosen:
-        for index, launch in enumerate(launches(case)):
+        for index, launch in enumerate(case.launches()):
             found.setdefault((case.target, case.dtype, _compiled_in(launch)), (case, index))
     return list(found.values())
 
@@ -147,7 +203,9 @@ def compile_for(target: Target, launch: NamedTuple) -> dict:
         target.tensor_memory // columns if columns else target.programs,
     )
     blocks = {
-        name: value for name, value in launch.arguments.items() if name in ("PIECES", "ROWS", "STEP", "KEYS", "CHUNK")
+        name: value
+        for name, value in launch.arguments.items()
+        if name in ("PIECES", "ROWS", "COLUMNS", "STEP", "KEYS", "TOKENS", "CHUNK")
     }
     return {
         "kernel": launch.kernel.__name__,
@@ -167,7 +225,7 @@ def compile_for(target: Target, launch: NamedTuple) -> dict:
 
 def _signature(launch: NamedTuple) -> tuple[dict, dict, dict]:
     """Types, compiled-in values and alignments of the arguments, as Triton takes them from a call."""
-    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -221,8 +279,8 @@ def row(record: dict) -> str:
                       for name, v in record["blocks"].items())  # fmt: skip
     matrix = " ".join(f"{name}:{count}" for name, count in record["matrix"].items())
     return (
-        f"{record['target']:6} {record['dtype']:8} {record['width']:4} {record['kernel']:18} {blocks:36} "
-        f"{'merge' if record['merging'] else '':5} {'gate, bias' if record['extras'] else '':10} "
+        f"{record['target']:6} {record['dtype']:8} {record['width']:4} {record['kernel']:18} {blocks:44} "
+        f"{'merge' if record['merging'] else '':5} {'extras' if record['extras'] else '':6} "
         f"{record['warps']:2}w {record['stages']}s {record['registers']:4} {record['stack']:5} {record['spills']:5} "
         f"{record['shared'] / 1024:5.0f}K {record['resident']:2} {matrix}"
     )
@@ -232,13 +290,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--target", type=int, choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS), help="head widths")
+    parser.add_argument("--head-width", type=int, nargs="*", default=list(HEAD_WIDTHS), help="of attention")
+    parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), help="of tokens that are mixed")
     parser.add_argument("--output", type=Path, default=None, help="write the records to a JSON file")
     chosen = parser.parse_args(arguments)
-    print("target, dtype, head width, kernel, blocks, options, warps, stages, registers, stack, spills, shared memory, "
+    print("target, dtype, width, kernel, blocks, options, warps, stages, registers, stack, spills, shared memory, "
           "resident programs, matrix instructions")  # fmt: skip
     records = []
-    for record in reports(cases(chosen.target, chosen.dtype, chosen.width)):
+    for record in reports(cases(chosen.target, chosen.dtype, chosen.head_width, chosen.width)):
         records.append(record)
         print(row(record), flush=True)
     spilled = [record for record in records if record["stack"]]

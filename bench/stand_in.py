@@ -4,6 +4,7 @@ What Python does between a call and the launch can be measured, and looked at, o
 """
 
 import collections
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from pm_kernels import attention, attention_op
+from pm_kernels import attention, attention_op, token_mix_op
 from pm_kernels.launch import Device
 
 from .resources import TARGETS
@@ -51,13 +52,21 @@ def stand_in(family: int = 90) -> Iterator[StandIn]:
     """Kernels on CPU tensors are launched on a stand-in. Not where Triton's interpreter is chosen."""
     target = TARGETS[family]
     device = Device(family, target.multiprocessors, target.shared_per_program)
-    before = attention_op.kernel_device, attention.use_kernels
+    operators = (attention_op, token_mix_op)
+    dispatchers = (attention, sys.modules["pm_kernels.token_mix"])  # the package has a function of the module's name
+    before = [module.kernel_device for module in operators], [module.use_kernels for module in dispatchers]
     standing = StandIn(family)
     driver.set_active(standing)
-    attention_op.kernel_device, attention.use_kernels = lambda tensor: device, lambda *_, **__: True
+    for module in operators:
+        module.kernel_device = lambda tensor: device
+    for module in dispatchers:
+        module.use_kernels = lambda *_, **__: True
     try:
         with torch.no_grad():
             yield standing
     finally:
-        attention_op.kernel_device, attention.use_kernels = before
+        for module, function in zip(operators, before[0], strict=True):
+            module.kernel_device = function
+        for module, function in zip(dispatchers, before[1], strict=True):
+            module.use_kernels = function
         driver.set_active(None)  # Triton looks for its own again when it needs one

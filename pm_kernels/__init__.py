@@ -3,10 +3,11 @@
 from . import reference
 from .attention import fused_merge_attention, fused_merge_attention_qkv
 from .backend import backend
-from .sparse import SparseRows
-from .token_mix import token_mix, token_mix_layer_norm
+from .sparse import BlockRows, SparseRows
+from .token_mix import token_mix, token_mix_layer_norm, transition
 
 __all__ = [
+    "BlockRows",
     "SparseRows",
     "backend",
     "fused_merge_attention",
@@ -14,4 +15,5 @@ __all__ = [
     "reference",
     "token_mix",
     "token_mix_layer_norm",
+    "transition",
 ]

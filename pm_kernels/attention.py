@@ -6,7 +6,7 @@ from torch import Tensor
 from . import reference
 from .attention_op import attention, packed_attention, supported, unpacked
 from .autocast import autocast_inputs
-from .backend import use_kernels
+from .backend import full_precision, use_kernels
 from .checks import check_attention, check_packed_attention
 
 
@@ -106,11 +106,6 @@ def _pytorch_is_faster(q: Tensor, k: Tensor, plain: bool) -> bool:
     It is for long sequences without merge, gate or bias, for which it has kernels of its own, and for float32 at full
     precision, which takes no matrix unit.
     """
-    if q.dtype == torch.float32 and _full_precision():
+    if q.dtype == torch.float32 and full_precision():
         return True
     return plain and max(q.shape[2], k.shape[2]) > 256
-
-
-@torch.compiler.assume_constant_result
-def _full_precision() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"

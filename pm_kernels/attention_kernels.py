@@ -8,18 +8,17 @@ Logits are kept in base 2: ``scale`` and the bias are multiplied by log2(e) once
 import triton
 import triton.language as tl
 
+from .token_mix_kernels import zeros
+
 # Counts are not compiled in: a model whose blocks have different numbers of tokens runs the same few kernels.
 COUNTS = (
-    "queries", "keys", "tokens", "programs", "tiles", "rows", "batch", "width", "row_programs", "width_programs",
-    "token_programs", "splits",
-)  # fmt: skip
+    "queries",
+    "keys",
+    "tokens",
+    "programs",
+    "tiles",
+)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of float32. Triton 3.6 cannot put an element of a tuple into a shape."""
-    return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
 @triton.jit
@@ -535,81 +534,3 @@ def backward_keys(
         tl.store(p_dgate + i_head * keys + o_k, b_dgate, mask=o_k < keys)
     if p_dbias is not None:
         tl.store(p_dbias + i_head * keys + o_k, b_dbias, mask=o_k < keys)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def merge_tokens(
-    p_merge, p_x, p_y, rows, tokens, padded, stride_merge, stride_xb, stride_xn, stride_yb, stride_yn, width,
-    row_programs, width_programs,
-    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Merge tokens outside of the attention: y[b] = merge @ x[b], or its gradient, merge^T @ x[b].
-
-    p_merge (rows, stride_merge), or TRANSPOSED (tokens, stride_merge), zeros from its last token to `padded`, a
-    multiple of CHUNK; p_x (B, tokens, width), p_y (B, rows, width), any strides with a contiguous last dimension
-    """
-    # This program computes one block [ROWS, COLUMNS] of one image's y.
-    i_program = tl.program_id(0)
-    i_row = i_program % row_programs
-    i_width = i_program // row_programs % width_programs
-    i_b = (i_program // row_programs // width_programs).to(tl.int64)
-    p_x += i_b * stride_xb
-    p_y += i_b * stride_yb
-    o_r = i_row * ROWS + tl.arange(0, ROWS)
-    o_w = i_width * COLUMNS + tl.arange(0, COLUMNS)
-    m_w = (o_w < width)[None, :]
-    b_y = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for n in range(0, tokens, CHUNK):
-        o_n = n + tl.arange(0, CHUNK)
-        if TRANSPOSED:
-            p_block = p_merge + o_n[:, None] * stride_merge + o_r[None, :]
-            b_m = tl.trans(tl.load(p_block, mask=(o_n < tokens)[:, None] & (o_r < padded)[None, :], other=0.0))
-        else:
-            b_m = load_merge(p_merge, stride_merge, o_r, rows, o_n)
-        b_x = tl.load(p_x + o_n[:, None] * stride_xn + o_w[None, :], mask=(o_n < tokens)[:, None] & m_w, other=0.0)
-        b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
-    p_block = p_y + o_r[:, None] * stride_yn + o_w[None, :]
-    tl.store(p_block, b_y.to(p_y.dtype.element_ty), mask=(o_r < rows)[:, None] & m_w)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def merge_gradient(
-    p_q, p_k, p_v, p_dq, p_dk, p_dv, p_partial,
-    batch, rows, tokens, width, stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
-    stride_dyb, stride_dyn, row_programs, token_programs, splits,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The merge matrix's gradient, summed over images and heads: dq q^T + dk k^T + dv v^T, in `splits` parts.
-
-    p_q (None where queries are not merged), p_k, p_v (B, tokens, width), width = H * d
-    p_dq, p_dk, p_dv (B, rows, width), one pair of strides; p_partial (splits, rows, tokens) float32
-    """
-    # This program sums one block [ROWS, TOKENS] over every `splits`-th image.
-    i_program = tl.program_id(0)
-    i_row = i_program % row_programs
-    i_token = i_program // row_programs % token_programs
-    i_split = i_program // row_programs // token_programs
-    o_r = i_row * ROWS + tl.arange(0, ROWS)
-    o_n = i_token * TOKENS + tl.arange(0, TOKENS)
-    i_b = i_split.to(tl.int64)
-    b_sum = tl.zeros([ROWS, TOKENS], tl.float32)
-    for _ in range(i_split, batch, splits):
-        for w in range(0, width, CHUNK):
-            o_w = w + tl.arange(0, CHUNK)
-            m_y = (o_r < rows)[:, None] & (o_w < width)[None, :]
-            m_x = (o_n < tokens)[:, None] & (o_w < width)[None, :]
-            o_y = i_b * stride_dyb + (o_r[:, None] * stride_dyn + o_w[None, :])
-            if p_q is not None:
-                b_dy = tl.load(p_dq + o_y, mask=m_y, other=0.0)
-                b_x = tl.load(p_q + i_b * stride_qb + (o_n[:, None] * stride_qn + o_w[None, :]), mask=m_x, other=0.0)
-                b_sum = tl.dot(b_dy, tl.trans(b_x), b_sum, input_precision=PRECISION)
-            b_dy = tl.load(p_dk + o_y, mask=m_y, other=0.0)
-            b_x = tl.load(p_k + i_b * stride_kb + (o_n[:, None] * stride_kn + o_w[None, :]), mask=m_x, other=0.0)
-            b_sum = tl.dot(b_dy, tl.trans(b_x), b_sum, input_precision=PRECISION)
-            b_dy = tl.load(p_dv + o_y, mask=m_y, other=0.0)
-            b_x = tl.load(p_v + i_b * stride_vb + (o_n[:, None] * stride_vn + o_w[None, :]), mask=m_x, other=0.0)
-            b_sum = tl.dot(b_dy, tl.trans(b_x), b_sum, input_precision=PRECISION)
-        i_b += splits
-    p_block = p_partial + (i_split * rows + o_r[:, None]).to(tl.int64) * tokens + o_n[None, :]
-    tl.store(p_block, b_sum, mask=(o_r < rows)[:, None] & (o_n < tokens)[None, :])

@@ -7,13 +7,13 @@ that is not there.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention_kernels as kernels
-from .launch import Device, Launch, Prepared
+from .launch import Device, Launch, Repeats, layout
+from .sparse import CHUNK
+from .token_mix_launch import matrix_gradient_launch, mix_launch, padded, precision
 
-CHUNK = 32  # tokens that a merge reads at a time; merge matrices are padded to a multiple of it
 RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a head width of 64
 
 
@@ -70,7 +70,7 @@ class Backward(NamedTuple):
 
     launches: list[Launch]
     dqkv: Tensor  # (B, tokens, 3, H, d)
-    partial_dmerge: Tensor | None  # (parts, C, N) float32
+    partial_dmerges: list[Tensor]  # each (parts, C, N) float32
     dgate: Tensor | None  # (B, H, keys) float32
     dbias: Tensor | None  # (B, H, keys) float32
 
@@ -162,7 +162,7 @@ def plan_forward(
     queries = merge.shape[0] if merge is not None and merge_queries else q.shape[2]
     tiles = forward_tiles(device, size, columns, keys, merge is not None)
     if merge is not None and tiles is None:
-        merging, (q, k, v) = _merged(q, k, v, merge, merge_queries)
+        merging, (q, k, v) = _merged(device, q, k, v, merge, merge_queries)
         launches += merging
         merge, tiles = None, forward_tiles(device, size, columns, keys, False)
     out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
@@ -173,7 +173,7 @@ def plan_forward(
         "queries": queries,
         "scale": scale,
         "COLUMNS": columns,
-        "PRECISION": _precision(q),
+        "PRECISION": precision(q),
     }
     if tiles is None:
         rows, step = streaming_tiles(device, size, columns)
@@ -214,7 +214,7 @@ def plan_forward(
 
 
 _FORWARD_TENSORS = ("p_q", "p_k", "p_v", "p_merge", "p_gate", "p_bias", "p_out", "p_lse")
-_prepared: dict[tuple, tuple[Prepared, tuple[int, ...]]] = {}
+_repeats = Repeats(_FORWARD_TENSORS)
 
 
 def run_forward(
@@ -229,10 +229,10 @@ def run_forward(
     merge_queries: bool,
 ) -> tuple[Tensor, Tensor]:
     """Plan the forward and run it: the output and lse. A call like one before takes up what that one prepared."""
-    merge = None if merge is None else _padded(merge)
+    merge = None if merge is None else padded(merge)
     inputs = (q, k, v, merge, gate, key_bias)
-    key = (device, q.device, scale, merge_queries, _precision(q), *map(_layout, inputs))
-    known = _prepared.get(key)
+    key = (device, q.device, scale, merge_queries, precision(q), *map(layout, inputs))
+    known = _repeats.find(key)
     if known is not None:
         prepared, (batch, heads, queries, width) = known
         out = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -240,22 +240,8 @@ def run_forward(
         prepared.run((*inputs, out, lse))
         return out, lse
     plan = plan_forward(device, q, k, v, merge, gate, key_bias, scale, merge_queries)
-    compiled = [launch.run() for launch in plan.launches]
-    launch, *others = plan.launches
-    # Only a launch that takes the inputs themselves, not copies, can be run again on others; the interpreter's cannot.
-    taken = all(launch.arguments.get(name) is x for name, x in zip(_FORWARD_TENSORS, inputs, strict=False))
-    if taken and not others and compiled[0] is not None and not device.interpreter:
-        if len(_prepared) >= 4096:
-            _prepared.clear()
-        _prepared[key] = Prepared(launch, compiled[0], _FORWARD_TENSORS), tuple(plan.out.shape)
+    _repeats.run(key, device, plan.launches, inputs, tuple(plan.out.shape))
     return plan.out, plan.lse
-
-
-def _layout(tensor: Tensor | None) -> tuple | None:
-    """All that a launch is compiled and planned for, of one tensor."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
 
 
 def plan_backward(
@@ -294,7 +280,7 @@ def plan_backward(
     if merge is not None:
         merged_gradient = torch.empty(batch, keys, 3, heads, width, dtype=q.dtype, device=q.device)
         if tiles is None or not fused:
-            launches, inputs = _merged(q, k, v, merge, merge_queries)
+            launches, inputs = _merged(device, q, k, v, merge, merge_queries)
             fused, tiles = False, backward_tiles(device, size, columns, queries, False, plain)
     dq = (merged_gradient if merge is not None and merge_queries else dqkv)[:, :, 0]
     dk, dv = merged_gradient[:, :, 1], merged_gradient[:, :, 2]
@@ -307,7 +293,7 @@ def plan_backward(
         "DOUT_STRIDE": dout.stride(2),
         "scale": scale,
         "COLUMNS": columns,
-        "PRECISION": _precision(q),
+        "PRECISION": precision(q),
     }
     of_queries = {"p_out": out, "p_dq": dq, "stride_dqb": dq.stride(0)}
     of_keys = {"p_dk": dk, "p_dv": dv, "p_dgate": dgate, "p_dbias": dbias, "stride_dkb": dk.stride(0)}
@@ -353,17 +339,19 @@ def plan_backward(
                 stages=2,
             )
         )
-    partial = None
+    partials = []
     if merge is not None:
-        padded = _padded(merge)
         first = 0 if merge_queries else 1
         source = merged_gradient[:, :, first:].flatten(2)
         target = dqkv[:, :tokens, first:].view(batch, tokens, (3 - first) * heads * width)
-        launches.append(_merge_launch(padded, source, target, transposed=True))
-        if wanted[0]:
-            launch, partial = _merge_gradient_launch(device, q, k, v, merged_gradient, merge, merge_queries)
-            launches.append(launch)
-    return Backward(launches, dqkv, partial, dgate, dbias)
+        launches.append(mix_launch(device, padded(merge), source, None, target, transposed=True))
+        for index, x in enumerate((q, k, v)):
+            if wanted[0] and index >= first:
+                gradient = merged_gradient[:, :, index].flatten(2)
+                launch, partial = matrix_gradient_launch(device, gradient, None, _flat_heads(x), None, merge.shape)
+                launches.append(launch)
+                partials.append(partial)
+    return Backward(launches, dqkv, partials, dgate, dbias)
 
 
 def _attention_arguments(
@@ -396,21 +384,21 @@ def _attention_arguments(
 
 
 def _merge_arguments(merge: Tensor | None, tokens: int) -> dict[str, Any]:
-    padded = None if merge is None else _padded(merge)
+    matrix = None if merge is None else padded(merge)
     return {
-        "p_merge": padded,
+        "p_merge": matrix,
         "tokens": tokens,
-        "stride_merge": 0 if padded is None else padded.stride(0),
+        "stride_merge": 0 if matrix is None else matrix.stride(0),
         "CHUNK": CHUNK,
     }
 
 
 def _merged(
-    q: Tensor, k: Tensor, v: Tensor, merge: Tensor, merge_queries: bool
+    device: Device, q: Tensor, k: Tensor, v: Tensor, merge: Tensor, merge_queries: bool
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """Launches that merge q, k, v in memory, and the merged ones: for sequences too long to merge on the chip."""
     batch, heads, _, width = q.shape
-    padded = _padded(merge)
+    matrix = padded(merge)
     buffer = torch.empty(batch, len(merge), 3, heads, width, dtype=q.dtype, device=q.device)
     launches, merged = [], []
     for index, x in enumerate((q, k, v)):
@@ -418,82 +406,10 @@ def _merged(
             merged.append(q)
             continue
         target = buffer[:, :, index]
-        launches.append(_merge_launch(padded, _flat_heads(x), target.view(batch, len(merge), heads * width)))
+        target_rows = target.view(batch, len(merge), heads * width)
+        launches.append(mix_launch(device, matrix, _flat_heads(x), None, target_rows))
         merged.append(target.transpose(1, 2))
     return launches, tuple(merged)
-
-
-def _merge_launch(padded: Tensor, x: Tensor, y: Tensor, transposed: bool = False) -> Launch:
-    """y (B, M, W) = merge @ x, or merge^T @ x, for x (B, N, W)."""
-    batch, tokens, width = x.shape
-    rows = y.shape[1]
-    row_programs, width_programs = -(-rows // 128), -(-width // 64)
-    arguments = {
-        "p_merge": padded,
-        "p_x": x,
-        "p_y": y,
-        "rows": rows,
-        "tokens": tokens,
-        "padded": padded.shape[1],
-        "stride_merge": padded.stride(0),
-        "stride_xb": x.stride(0),
-        "stride_xn": x.stride(1),
-        "stride_yb": y.stride(0),
-        "stride_yn": y.stride(1),
-        "width": width,
-        "row_programs": row_programs,
-        "width_programs": width_programs,
-        "TRANSPOSED": transposed,
-        "ROWS": 128,
-        "COLUMNS": 64,
-        "CHUNK": CHUNK,
-        "PRECISION": _precision(x),
-    }
-    return Launch(kernels.merge_tokens, batch * row_programs * width_programs, arguments, warps=4, stages=3)
-
-
-def _merge_gradient_launch(
-    device: Device, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, merge: Tensor, merge_queries: bool
-) -> tuple[Launch, Tensor]:
-    """``gradient`` (B, C, 3, H, d), of the merged q, k, v."""
-    batch, (rows, tokens) = q.shape[0], merge.shape
-    row_programs, token_programs = -(-rows // 64), -(-tokens // 64)
-    splits = max(1, min(batch, 2 * device.multiprocessors // max(1, row_programs * token_programs)))
-    partial = torch.empty(splits, rows, tokens, dtype=torch.float32, device=q.device)
-    q, k, v = (_flat_heads(x) for x in (q, k, v))
-    dq, dk, dv = (gradient[:, :, index].flatten(2) for index in range(3))
-    arguments = {
-        "p_q": q if merge_queries else None,
-        "p_k": k,
-        "p_v": v,
-        "p_dq": dq,
-        "p_dk": dk,
-        "p_dv": dv,
-        "p_partial": partial,
-        "batch": batch,
-        "rows": rows,
-        "tokens": tokens,
-        "width": k.shape[2],
-        "stride_qb": q.stride(0),
-        "stride_qn": q.stride(1),
-        "stride_kb": k.stride(0),
-        "stride_kn": k.stride(1),
-        "stride_vb": v.stride(0),
-        "stride_vn": v.stride(1),
-        "stride_dyb": dk.stride(0),
-        "stride_dyn": dk.stride(1),
-        "row_programs": row_programs,
-        "token_programs": token_programs,
-        "splits": splits,
-        "ROWS": 64,
-        "TOKENS": 64,
-        "CHUNK": 64 if k.element_size() == 2 and device.family > 80 else 32,
-        "PRECISION": _precision(k),
-    }
-    grid = row_programs * token_programs * splits
-    stages = 2 if device.family == 90 and k.element_size() == 2 else 1
-    warps = 8 if device.family == 80 else 4
-    return Launch(kernels.merge_gradient, grid, arguments, warps, stages), partial
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -506,12 +422,6 @@ def _addressable(x: Tensor) -> Tensor:
 def _flat_heads(x: Tensor) -> Tensor:
     """x (B, H, N, d) as (B, N, H * d): a view where heads lie side by side, as in a packed projection."""
     return x.transpose(1, 2).flatten(2)
-
-
-def _padded(merge: Tensor) -> Tensor:
-    """The merge matrix with zeros after its last column, up to a multiple of CHUNK, for wide loads."""
-    missing = -merge.shape[1] % CHUNK
-    return F.pad(merge, (0, missing)) if missing else merge if merge.is_contiguous() else merge.contiguous()
 
 
 def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[Tensor | None, bool]:
@@ -527,11 +437,6 @@ def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[
     if values.shape != (batch, heads, keys):
         values = values.expand(batch, heads, keys)
     return values if values.is_contiguous() else values.contiguous(), True
-
-
-def _precision(x: Tensor) -> str:
-    """How products of float32 are taken, by PyTorch's own setting for matrix products; of no meaning for others."""
-    return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _power_of_two(value: int) -> int:

@@ -82,7 +82,7 @@ def _backward(
             for launch in plan.launches:
                 launch.run()
         dqkv, dgate, dbias = plan.dqkv, plan.dgate, plan.dbias
-        dmerge = None if plan.partial_dmerge is None else plan.partial_dmerge.sum(0)
+        dmerge = sum(partial.sum(0) for partial in plan.partial_dmerges)
     return (
         dqkv,
         _like(merge, dmerge if wanted[0] else None, q),

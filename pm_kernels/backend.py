@@ -51,19 +51,6 @@ class backend:
         _current = self._previous
 
 
-def require_reference(op: str, tensor: Tensor) -> None:
-    """Refuse a call of ``op`` that asks for a Triton kernel, of which there is none yet.
-
-    Raises:
-        RuntimeError: the backend is ``"triton"``.
-    """
-    if _current == "triton":
-        raise RuntimeError(
-            f"{op} has no Triton kernel in this version, so backend 'triton' cannot run it on a "
-            f"{tensor.device.type} tensor; choose backend 'auto' or 'reference'"
-        )
-
-
 def use_kernels(op: str, tensor: Tensor, supported: bool, faster: bool) -> bool:
     """Whether ``op`` runs its kernels on tensors like ``tensor``.
 
@@ -116,6 +103,12 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def full_precision() -> bool:
+    """Whether PyTorch is set to take float32 products at full precision, without a matrix unit."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 @torch.compiler.assume_constant_result

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .sparse import SparseRows
+from .sparse import LISTED, BlockRows, Matrix, SparseRows
 
 
 def check_attention(
@@ -55,46 +55,112 @@ def _check_merge_and_keys(
             raise ValueError(f"{option} must broadcast to (B, H, keys) = {(batch, heads, keys)}, got {_shape(tensor)}")
 
 
-def check_token_mix(x: Tensor, matrix: Tensor | SparseRows) -> None:
-    """Arguments of ``token_mix``: x (B,N,D), matrix (M,N), dense or sparse."""
+def check_token_mix(x: Tensor, matrix: Matrix) -> None:
+    """Arguments of ``token_mix``: x (B,N,D), matrix (M,N), dense, sparse, or by blocks."""
     _check_floating(x=x)
     if x.dim() != 3:
         raise ValueError(f"x must have shape (B, N, D), got {_shape(x)}")
+    _check_structured(x, matrix, x.shape[1], "the tokens of x")
+
+
+def check_transition(
+    x: Tensor,
+    carried: Tensor | None,
+    matrix: Matrix,
+    rows: int,
+    update: Tensor | None,
+    norm: tuple[Tensor, Tensor, float] | None,
+) -> None:
+    """Arguments of ``transition``: x (B,C,D), update like it, carried (B,p,D), matrix (M,C+p), rows within its."""
+    _check_floating(x=x, carried=carried, update=update)
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (B, C, D), got {_shape(x)}")
+    if update is not None and update.shape != x.shape:
+        raise ValueError(f"update must have the shape of x, {_shape(x)}, got {_shape(update)}")
+    tokens, source = x.shape[1], "the tokens of x"
+    if carried is not None:
+        if carried.dim() != 3 or (carried.shape[0], carried.shape[2]) != (x.shape[0], x.shape[2]):
+            expected = f"({x.shape[0]}, p, {x.shape[2]})"
+            raise ValueError(f"carried must have shape (B, p, D) = {expected}, like x, got {_shape(carried)}")
+        tokens, source = tokens + carried.shape[1], "the tokens of x and carried"
+    _check_same(x, "x", dtype=True, update=update, carried=carried)
+    _check_structured(x, matrix, tokens, source)
+    if norm is not None:
+        weight, bias, _ = norm
+        _check_affine(x, weight, bias)
+    _check_rows(matrix, rows)
+
+
+def _check_structured(x: Tensor, matrix: Matrix, tokens: int, source: str) -> None:
     if isinstance(matrix, SparseRows):
-        _check_sparse(x, matrix)
+        _check_sparse(x, matrix, tokens)
         return
+    if isinstance(matrix, BlockRows):
+        _check_blocks(x, matrix)
+        matrix = matrix.matrix
     _check_floating(matrix=matrix)
-    check_matrix("matrix", matrix, x.shape[1], "the tokens of x")
+    check_matrix("matrix", matrix, tokens, source)
     _check_same(x, "x", dtype=True, matrix=matrix)
 
 
-def _check_sparse(x: Tensor, matrix: SparseRows) -> None:
+def _check_sparse(x: Tensor, matrix: SparseRows, tokens: int) -> None:
     """What can be told of sparse rows without reading their indices, which are data on the device."""
-    starts, columns, values = matrix
+    starts, columns, values, by_column = matrix
     _check_floating(**{"matrix.values": values})
-    for name, tensor in (("matrix.starts", starts), ("matrix.columns", columns)):
+    indices = {"matrix.starts": starts, "matrix.columns": columns}
+    if by_column is not None:
+        indices |= {f"matrix.by_column.{name}": tensor for name, tensor in by_column._asdict().items()}
+        if len(by_column.starts) != tokens:
+            raise ValueError(
+                f"matrix.by_column.starts must have one entry for each of {tokens} tokens, got {len(by_column.starts)}"
+            )
+    for name, tensor in indices.items():
         if tensor.dtype not in (torch.int32, torch.int64) or tensor.dtype != columns.dtype:
             raise TypeError(f"{name} must be int32 or int64 like matrix.columns, got {tensor.dtype}")
         if tensor.dim() != 1:
             raise ValueError(f"{name} must have one dimension, got {_shape(tensor)}")
-    if values.shape != columns.shape:
-        raise ValueError(
-            f"matrix.values must have the shape of matrix.columns, {_shape(columns)}, got {_shape(values)}"
-        )
+    lists = {"matrix.values": values, **{name: x for name, x in indices.items() if not name.endswith("starts")}}
+    for name, tensor in lists.items():
+        if tensor.shape != columns.shape:
+            raise ValueError(f"{name} must have the shape of matrix.columns, {_shape(columns)}, got {_shape(tensor)}")
     _check_same(x, "x", dtype=True, **{"matrix.values": values})
-    _check_same(x, "x", dtype=False, **{"matrix.starts": starts, "matrix.columns": columns})
+    _check_same(x, "x", dtype=False, **indices)
 
 
-def check_layer_norm(x: Tensor, matrix: Tensor | SparseRows, weight: Tensor, bias: Tensor, rows: int | None) -> None:
+def _check_blocks(x: Tensor, matrix: BlockRows) -> None:
+    dense, starts, chunks = matrix
+    for name, tensor in (("matrix.starts", starts), ("matrix.chunks", chunks)):
+        if tensor.dtype != torch.int32 or tensor.dim() != 1:
+            raise TypeError(f"{name} must be int32 of one dimension, got {tensor.dtype} of shape {_shape(tensor)}")
+    _check_same(x, "x", dtype=False, **{"matrix.starts": starts, "matrix.chunks": chunks})
+    if len(starts) != -(-dense.shape[0] // LISTED) + 1:
+        raise ValueError(
+            f"matrix.starts must have one entry for every {LISTED} rows of matrix {_shape(dense)} and one more, got "
+            f"{len(starts)}"
+        )
+
+
+def check_layer_norm(x: Tensor, matrix: Matrix, weight: Tensor, bias: Tensor, rows: int | None) -> None:
     """The LayerNorm arguments of ``token_mix_layer_norm``: weight and bias (D,), rows within the matrix's."""
+    _check_affine(x, weight, bias)
+    if rows is not None:
+        _check_rows(matrix, rows)
+
+
+def _check_affine(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     _check_floating(weight=weight, bias=bias)
     width = x.shape[2]
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tuple(tensor.shape) != (width,):
             raise ValueError(f"{name} must have shape (D,) = ({width},), the width of x, got {_shape(tensor)}")
     _check_same(x, "x", dtype=False, weight=weight, bias=bias)
+
+
+def _check_rows(matrix: Matrix, rows: int) -> None:
+    if isinstance(matrix, BlockRows):
+        matrix = matrix.matrix
     available = len(matrix.starts) if isinstance(matrix, SparseRows) else matrix.shape[0]
-    if rows is not None and not 0 <= rows <= available:
+    if not 0 <= rows <= available:
         raise ValueError(f"rows must be between 0 and {available}, the rows of matrix, got {rows}")
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sparse import SparseRows
+from .sparse import BlockRows, Matrix, SparseRows
 
 
 def fused_merge_attention(
@@ -29,13 +29,15 @@ def fused_merge_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def token_mix(x: Tensor, matrix: Tensor | SparseRows) -> Tensor:
+def token_mix(x: Tensor, matrix: Matrix) -> Tensor:
     """Specification of :func:`pm_kernels.token_mix`, with the same shapes."""
+    if isinstance(matrix, BlockRows):
+        matrix = matrix.matrix
     if not isinstance(matrix, SparseRows):
         return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
     # The weighted sum of a few rows is what an embedding bag is: one bag for each row of the result.
     batch, tokens, width = x.shape
-    starts, columns, values = matrix
+    starts, columns, values, _ = matrix
     if batch != 1:
         image = torch.arange(batch, device=x.device, dtype=columns.dtype).unsqueeze(1)
         starts = (starts + image * len(columns)).flatten()
@@ -46,11 +48,36 @@ def token_mix(x: Tensor, matrix: Tensor | SparseRows) -> Tensor:
 
 
 def token_mix_layer_norm(
-    x: Tensor, matrix: Tensor | SparseRows, weight: Tensor, bias: Tensor, eps: float, rows: int | None = None
+    x: Tensor, matrix: Matrix, weight: Tensor, bias: Tensor, eps: float, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Specification of :func:`pm_kernels.token_mix_layer_norm`, with the same shapes."""
     mixed = token_mix(x, matrix)
-    # Statistics of half-precision rows are taken in float32; float64 stays float64.
-    statistics = torch.promote_types(mixed.dtype, torch.float32)
-    normed = F.layer_norm(mixed[:, :rows].to(statistics), weight.shape, weight.to(statistics), bias.to(statistics), eps)
-    return mixed, normed.to(mixed.dtype)
+    return mixed, layer_norm(mixed[:, :rows], weight, bias, eps)
+
+
+def transition(
+    x: Tensor,
+    carried: Tensor | None,
+    matrix: Matrix,
+    rows: int,
+    *,
+    update: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Specification of :func:`pm_kernels.transition`, with the same shapes."""
+    mixed = token_mix(joined(x, update, carried), matrix)
+    y, rest = mixed[:, :rows], mixed[:, rows:]
+    return y, rest if rest.shape[1] else None, None if norm is None else layer_norm(y, *norm)
+
+
+def joined(x: Tensor, update: Tensor | None, carried: Tensor | None) -> Tensor:
+    """The state that a transition mixes, in one tensor."""
+    if update is not None:
+        x = x + update
+    return x if carried is None else torch.cat([x, carried], dim=1)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm with statistics in float32 for half-precision rows; float64 stays float64."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+WITHOUT_PRODUCTS = {"gather_forward", "gather_backward", "norm_backward"}
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("triton")
 
@@ -23,9 +24,11 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Every kernel that the tables pick for bfloat16 heads of 64, the width of every DeiT and most ViTs."""
+    """Every kernel that the tables pick for DeiT-S in bfloat16; its heads of 64 are those of most ViTs."""
     path = tmp_path_factory.mktemp("report") / "resources.json"
-    printed = run("-m", "bench.resources", "--dtype", "bfloat16", "--width", "64", "--output", path)
+    printed = run(
+        "-m", "bench.resources", "--dtype", "bfloat16", "--head-width", "64", "--width", "384", "--output", path
+    )
     records = json.loads(path.read_text())["records"]
     assert f"{len(records)} kernels compiled, 0 with a stack" in printed
     return records
@@ -40,8 +43,11 @@ def test_every_kernel_is_compiled(records, target):
         "backward_resident",
         "backward_queries",
         "backward_keys",
-        "merge_tokens",
-        "merge_gradient",
+        "mix",
+        "matrix_gradient",
+        "gather_forward",
+        "gather_backward",
+        "norm_backward",
     }
 
 
@@ -54,9 +60,10 @@ def test_every_kernel_fits(records):
 
 
 def test_matrix_products_take_the_fast_path(records):
-    hopper = [record["matrix"] for record in records if record["target"] == "sm_90"]
+    products = [record for record in records if record["kernel"] not in WITHOUT_PRODUCTS]
+    hopper = [record["matrix"] for record in products if record["target"] == "sm_90"]
     assert all(matrix["HGMMA"] > 0 and "HMMA" not in matrix for matrix in hopper)
-    blackwell = [record["matrix"] for record in records if record["target"] == "sm_100"]
+    blackwell = [record["matrix"] for record in products if record["target"] == "sm_100"]
     assert all(matrix["UTCHMMA"] > 0 for matrix in blackwell)
 
 
@@ -64,7 +71,7 @@ REPEATED = """
 import torch
 from bench.stand_in import stand_in
 from pm_kernels import fused_merge_attention
-from pm_kernels.attention_launch import _prepared
+from pm_kernels.attention_launch import _repeats
 
 def inputs(offset=0):
     qkv = torch.empty(2 * 9 * 3 * 2 * 16 + 8, dtype=torch.float16)[offset : offset + 2 * 9 * 3 * 2 * 16]
@@ -91,7 +98,7 @@ with stand_in() as device:
             device.launched.clear()
             for planned in (False, True, False):
                 if planned:
-                    _prepared.clear()
+                    _repeats.clear()
                 kept.append(own := inputs(offset))
                 kept.append((fused_merge_attention(*own, **options),))
                 addresses = {x.data_ptr() for x in device.launched[-1] if isinstance(x, torch.Tensor)}
@@ -102,11 +109,11 @@ with stand_in() as device:
             assert len(launched) == 3 and len({len(launch) for launch in launched}) == 1
             for launch in launched[1:]:
                 assert all(map(same, launched[0], launch))
-    _prepared.clear()
+    _repeats.clear()
     for options in ({}, {"scale": 0.5}, {"gate": gate}, {"merge": merge}):
         for offset in (0, 8, 1):
             fused_merge_attention(*inputs(offset), **options)
-    assert len(_prepared) == 4 * 2, len(_prepared)  # options, and alignments
+    assert len(_repeats) == 4 * 2, len(_repeats)  # options, and alignments
 print("as the first")
 """
 
@@ -114,3 +121,50 @@ print("as the first")
 def test_a_repeated_call_launches_as_the_first_one_did():
     """The second call takes a shorter way to the launch; it must hand over the same, but for the tensors."""
     assert run("-c", REPEATED).strip() == "as the first"
+
+
+REPEATED_MIX = """
+import torch
+from bench.stand_in import stand_in
+from pm_kernels import BlockRows, SparseRows, transition
+from pm_kernels.token_mix_launch import _repeats
+
+def tensor(*shape, offset=0):
+    return torch.empty(torch.Size(shape).numel() + 8, dtype=torch.float16)[offset:-8 + offset or None].view(shape)
+
+def same(before, after):
+    if isinstance(before, torch.Tensor):
+        return (before.shape, before.stride(), before.dtype) == (after.shape, after.stride(), after.dtype)
+    return before is after or before == after
+
+dense = torch.eye(32, dtype=torch.float16)
+matrices = {"sparse": SparseRows.from_dense(dense), "blocks": BlockRows.from_dense(dense), "dense": dense}
+weight, bias = torch.ones(16), torch.zeros(16)
+kept = []  # so that no memory is used twice
+with stand_in() as device:
+    for kind, matrix in matrices.items():
+        for norm in (None, (weight, bias, 1e-6)):
+            for carried in (0, 9):
+                for offset in (0, 8, 1):
+                    device.launched.clear()
+                    for planned in (False, True, False):
+                        if planned:
+                            _repeats.clear()
+                        x = tensor(2, 32 - carried, 16, offset=offset)
+                        rest = tensor(2, carried, 16, offset=offset) if carried else None
+                        update = torch.empty_like(x) if kind == "sparse" else None
+                        results = transition(x, rest, matrix, 32 - carried, update=update, norm=norm)
+                        tensors = [t for t in (x, rest, update, *results) if t is not None]
+                        kept.append(tensors)
+                        addresses = {t.data_ptr() for t in device.launched[-1] if isinstance(t, torch.Tensor)}
+                        assert {t.data_ptr() for t in tensors} <= addresses
+                    launched = [[t for t in launch if type(t).__name__ != "LazyDict"] for launch in device.launched]
+                    assert len(launched) == 3 and len({len(launch) for launch in launched}) == 1
+                    for launch in launched[1:]:
+                        assert all(map(same, launched[0], launch))
+print("as the first", len(_repeats))
+"""
+
+
+def test_a_repeated_mix_launches_as_the_first_one_did():
+    assert run("-c", REPEATED_MIX).startswith("as the first")

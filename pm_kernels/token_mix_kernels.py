@@ -1,0 +1,492 @@
+"""The Triton kernels of the token mixes. Names: p_ pointers, i_ indices, o_ offsets, b_ blocks, m_ masks.
+
+Tokens may stand in two parts, in two tensors: `first` rows in one, all later ones in the other, which is None where
+there are none. What is mixed is ``x + update`` (update may be None) and, after its rows, ``carried``. Whole rows are
+held as tuples of [R, PIECE], as widths are no powers of two; WHOLE says that the PIECES make up the WIDTH exactly,
+ALIGNED that every row of every tensor starts at a multiple of 16 bytes.
+"""
+
+import triton
+import triton.language as tl
+
+# Counts are not compiled in: a model whose blocks have different numbers of tokens runs the same few kernels.
+COUNTS = (
+    "rows", "tokens", "entries", "first", "split", "normed", "row_programs", "width_programs", "token_programs",
+    "programs", "items", "batch", "splits", "padded",
+)  # fmt: skip
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of float32. Triton 3.6 cannot put an element of a tuple into a shape."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def in_parts(p_first, p_second, o_r, first, stride_first, stride_second, ALIGNED: tl.constexpr):
+    """Pointers [R] to the rows ``o_r`` of tokens in two parts."""
+    if p_second is None:
+        return p_first + o_r * stride_first
+    else:
+        p_rows = tl.where(o_r < first, p_first + o_r * stride_first, p_second + (o_r - first) * stride_second)
+        # The compiler does not see it through a choice of pointers, and would load number by number.
+        return tl.multiple_of(p_rows, 16) if ALIGNED else p_rows
+
+
+@triton.jit
+def load_pieces(p_rows, m_r, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
+    """The rows at ``p_rows`` [R] in float32, zeros where ``m_r`` is false and past WIDTH."""
+    b_xs = ()
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        o_d = start + tl.arange(0, PIECES[i])
+        m_x = m_r[:, None]
+        if i + 1 == len(PIECES) and not WHOLE:
+            m_x = m_x & (o_d < WIDTH)[None, :]
+        b_xs += (tl.load(p_rows[:, None] + o_d[None, :], mask=m_x, other=0.0).to(tl.float32),)
+        start += PIECES[i]
+    return b_xs
+
+
+@triton.jit
+def store_pieces(p_rows, b_ys, m_r, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
+    """Write rows to ``p_rows`` [R] where ``m_r`` is true."""
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        o_d = start + tl.arange(0, PIECES[i])
+        m_y = m_r[:, None]
+        if i + 1 == len(PIECES) and not WHOLE:
+            m_y = m_y & (o_d < WIDTH)[None, :]
+        tl.store(p_rows[:, None] + o_d[None, :], b_ys[i].to(p_rows.dtype.element_ty), mask=m_y)
+        start += PIECES[i]
+
+
+@triton.jit
+def load_vector(p_vector, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
+    """A vector (WIDTH,) in float32, one [PIECE] for each of PIECES."""
+    b_vs = ()
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        o_d = start + tl.arange(0, PIECES[i])
+        if WHOLE or i + 1 < len(PIECES):
+            b_vs += (tl.load(p_vector + o_d).to(tl.float32),)
+        else:
+            b_vs += (tl.load(p_vector + o_d, mask=o_d < WIDTH, other=0.0).to(tl.float32),)
+        start += PIECES[i]
+    return b_vs
+
+
+@triton.jit
+def load_state(
+    p_x, p_update, p_carried, o_n, m_n, first, stride_xn, stride_un, stride_cn,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The rows ``o_n`` [R] of what is mixed, in float32; zeros where ``m_n`` is false."""
+    b_xs = load_pieces(in_parts(p_x, p_carried, o_n, first, stride_xn, stride_cn, ALIGNED), m_n, WIDTH, PIECES, WHOLE)
+    if p_update is not None:
+        b_us = load_pieces(p_update + o_n * stride_un, m_n & (o_n < first), WIDTH, PIECES, WHOLE)
+        b_sums = ()
+        for i in tl.static_range(len(PIECES)):
+            b_sums += (b_xs[i] + b_us[i],)
+        return b_sums
+    else:
+        return b_xs
+
+
+@triton.jit
+def gather(
+    p_x, p_update, p_carried, p_starts, p_columns, p_values, o_r, rows, entries, first, stride_xn, stride_un, stride_cn,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The rows ``o_r`` [ROWS] of the mix by sparse rows, in float32; zeros from ``rows`` on."""
+    o_e = tl.load(p_starts + o_r, mask=o_r < rows, other=0)
+    o_end = tl.load(p_starts + o_r + 1, mask=o_r + 1 < rows, other=entries)
+    o_end = tl.where(o_r < rows, o_end, 0)
+    b_ys = ()
+    for i in tl.static_range(len(PIECES)):
+        b_ys += (zeros(ROWS, PIECES[i]),)
+    for _ in range(0, tl.max(o_end - o_e, 0)):
+        m_e = o_e < o_end
+        o_n = tl.load(p_columns + o_e, mask=m_e, other=0)
+        b_v = tl.load(p_values + o_e, mask=m_e, other=0.0).to(tl.float32)
+        b_xs = load_state(
+            p_x,
+            p_update,
+            p_carried,
+            o_n,
+            m_e,
+            first,
+            stride_xn,
+            stride_un,
+            stride_cn,
+            WIDTH,
+            PIECES,
+            WHOLE,
+            ALIGNED,
+        )
+        b_sums = ()
+        for i in tl.static_range(len(PIECES)):
+            b_sums += (b_ys[i] + b_v[:, None] * b_xs[i],)
+        b_ys = b_sums
+        o_e += 1
+    return b_ys
+
+
+@triton.jit
+def statistics(b_ys, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
+    """Mean and inverse standard deviation [ROWS] of whole rows, which are zero past WIDTH."""
+    b_sum = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(len(PIECES)):
+        b_sum += tl.sum(b_ys[i], 1)
+    b_mean = b_sum / WIDTH
+    b_sum = tl.zeros([ROWS], tl.float32)
+    start = 0
+    for i in tl.static_range(len(PIECES)):
+        b_d = b_ys[i] - b_mean[:, None]
+        if i + 1 == len(PIECES) and not WHOLE:
+            b_d = tl.where((start + tl.arange(0, PIECES[i]) < WIDTH)[None, :], b_d, 0.0)
+        b_sum += tl.sum(b_d * b_d, 1)
+        start += PIECES[i]
+    return b_mean, tl.rsqrt(b_sum / WIDTH + eps)
+
+
+@triton.jit
+def normalise(
+    b_ys, p_weight, p_bias, eps,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The LayerNorm of whole rows."""
+    b_mean, b_rstd = statistics(b_ys, eps, ROWS, WIDTH, PIECES, WHOLE)
+    b_ws = load_vector(p_weight, WIDTH, PIECES, WHOLE)
+    b_bs = load_vector(p_bias, WIDTH, PIECES, WHOLE)
+    b_normed = ()
+    for i in tl.static_range(len(PIECES)):
+        b_normed += ((b_ys[i] - b_mean[:, None]) * b_rstd[:, None] * b_ws[i][None, :] + b_bs[i][None, :],)
+    return b_normed
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gather_forward(
+    p_x, p_update, p_carried, p_starts, p_columns, p_values, p_weight, p_bias, p_y, p_rest, p_normed,
+    rows, entries, first, split, normed, row_programs, stride_xb, stride_xn, stride_ub, stride_un, stride_cb, stride_cn,
+    eps,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Mix tokens by a matrix of few nonzeros, and normalise the first rows: every row is read as often as it is used.
+
+    p_x (B, first, WIDTH), p_update the same or None, p_carried (B, any, WIDTH) or None: any strides, rows contiguous
+    p_starts (rows,), p_columns, p_values (entries,); p_weight, p_bias (WIDTH,), or None: nothing is normalised
+    p_y (B, split, WIDTH), p_rest (B, rows - split, WIDTH) or None, p_normed (B, normed, WIDTH) or None
+    """
+    # This program computes ROWS rows of one image.
+    i_program = tl.program_id(0)
+    i_b = (i_program // row_programs).to(tl.int64)
+    o_r = i_program % row_programs * ROWS + tl.arange(0, ROWS)
+    p_x += i_b * stride_xb
+    p_y += i_b * split * WIDTH
+    if p_update is not None:
+        p_update += i_b * stride_ub
+    if p_carried is not None:
+        p_carried += i_b * stride_cb
+    if p_rest is not None:
+        p_rest += i_b * (rows - split) * WIDTH
+    b_ys = gather(
+        p_x, p_update, p_carried, p_starts, p_columns, p_values, o_r, rows, entries, first,
+        stride_xn, stride_un, stride_cn, ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
+    )  # fmt: skip
+    store_pieces(in_parts(p_y, p_rest, o_r, split, WIDTH, WIDTH, ALIGNED), b_ys, o_r < rows, WIDTH, PIECES, WHOLE)
+    if p_normed is not None:
+        b_ns = normalise(b_ys, p_weight, p_bias, eps, ROWS, WIDTH, PIECES, WHOLE)
+        store_pieces(p_normed + (i_b * normed + o_r) * WIDTH, b_ns, o_r < normed, WIDTH, PIECES, WHOLE)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def norm_backward(
+    p_x, p_update, p_carried, p_starts, p_columns, p_values, p_weight, p_dnormed, p_dy, p_dmixed, p_partial,
+    rows, entries, first, normed, row_programs, items, programs,
+    stride_xb, stride_xn, stride_ub, stride_un, stride_cb, stride_cn,
+    stride_nb, stride_nn, stride_yb, stride_yn, eps,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a mix whose rows are also normalised: dy plus what comes back through the LayerNorm.
+
+    p_x, p_update, p_carried, p_starts, p_columns, p_values: as in gather_forward, mixed once more; where p_starts is
+    None, p_x (B, normed, WIDTH) is the mix itself; p_weight (WIDTH,)
+    p_dnormed, p_dy (or None), p_dmixed (B, normed, WIDTH), any strides but for p_dmixed
+    p_partial (programs, 2, WIDTH) float32 or None: the gradients of weight and bias, each program's share
+    """
+    # This program takes every `programs`-th of `items` blocks of ROWS rows.
+    i_program = tl.program_id(0)
+    b_ws = load_vector(p_weight, WIDTH, PIECES, WHOLE)
+    b_dws = ()
+    b_dbs = ()
+    for i in tl.static_range(len(PIECES)):
+        b_dws += (zeros(ROWS, PIECES[i]),)
+        b_dbs += (zeros(ROWS, PIECES[i]),)
+    i_item = i_program
+    for _ in range(i_program, items, programs):
+        i_b = (i_item // row_programs).to(tl.int64)
+        o_r = i_item % row_programs * ROWS + tl.arange(0, ROWS)
+        m_r = o_r < normed
+        if p_starts is None:
+            b_ys = load_pieces(p_x + i_b * stride_xb + o_r * stride_xn, m_r, WIDTH, PIECES, WHOLE)
+        else:
+            b_ys = gather(
+                p_x + i_b * stride_xb, None if p_update is None else p_update + i_b * stride_ub,
+                None if p_carried is None else p_carried + i_b * stride_cb,
+                p_starts, p_columns, p_values, o_r, rows, entries, first, stride_xn, stride_un, stride_cn,
+                ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
+            )  # fmt: skip
+        b_mean, b_rstd = statistics(b_ys, eps, ROWS, WIDTH, PIECES, WHOLE)
+        b_dns = load_pieces(p_dnormed + i_b * stride_nb + o_r * stride_nn, m_r, WIDTH, PIECES, WHOLE)
+        b_hats = ()
+        b_new_dws = ()
+        b_new_dbs = ()
+        b_sum = tl.zeros([ROWS], tl.float32)  # of the gradient of the standardised rows
+        b_dot = tl.zeros([ROWS], tl.float32)  # with the standardised rows
+        start = 0
+        for i in tl.static_range(len(PIECES)):
+            b_hat = (b_ys[i] - b_mean[:, None]) * b_rstd[:, None]
+            b_dhat = b_dns[i] * b_ws[i][None, :]
+            b_sum += tl.sum(b_dhat, 1)
+            b_dot += tl.sum(b_dhat * b_hat, 1)
+            b_new_dws += (b_dws[i] + b_dns[i] * b_hat,)
+            b_new_dbs += (b_dbs[i] + b_dns[i],)
+            b_hats += (b_hat,)
+        b_dws = b_new_dws
+        b_dbs = b_new_dbs
+        b_sum /= WIDTH
+        b_dot /= WIDTH
+        b_ds = ()
+        for i in tl.static_range(len(PIECES)):
+            b_dhat = b_dns[i] * b_ws[i][None, :]
+            b_ds += ((b_dhat - b_sum[:, None] - b_hats[i] * b_dot[:, None]) * b_rstd[:, None],)
+        if p_dy is not None:
+            b_dys = load_pieces(p_dy + i_b * stride_yb + o_r * stride_yn, m_r, WIDTH, PIECES, WHOLE)
+            b_sums = ()
+            for i in tl.static_range(len(PIECES)):
+                b_sums += (b_ds[i] + b_dys[i],)
+            b_ds = b_sums
+        store_pieces(p_dmixed + (i_b * normed + o_r) * WIDTH, b_ds, m_r, WIDTH, PIECES, WHOLE)
+        i_item += programs
+    if p_partial is not None:
+        p_partial += i_program.to(tl.int64) * 2 * WIDTH
+        start = 0
+        for i in tl.static_range(len(PIECES)):
+            o_d = start + tl.arange(0, PIECES[i])
+            tl.store(p_partial + o_d, tl.sum(b_dws[i], 0), mask=o_d < WIDTH)
+            tl.store(p_partial + WIDTH + o_d, tl.sum(b_dbs[i], 0), mask=o_d < WIDTH)
+            start += PIECES[i]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gather_backward(
+    p_dy, p_drest, p_starts, p_rows, p_entries, p_values, p_x, p_update, p_carried, p_dx, p_dcarried, p_partial,
+    tokens, entries, split, first, row_programs, stride_yb, stride_yn, stride_rb, stride_rn,
+    stride_xb, stride_xn, stride_ub, stride_un, stride_cb, stride_cn,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The gradients of what was mixed by sparse rows, and of the matrix's values, image by image.
+
+    p_dy (B, split, WIDTH), p_drest (B, any, WIDTH) or None, any strides: the gradient of the mix
+    p_starts (tokens,), p_rows, p_entries (entries,): the matrix's entries by column; p_values (entries,) by row
+    p_x (B, first, WIDTH), p_update, p_carried: what was mixed, read where p_partial is asked for
+    p_dx (B, first, WIDTH), p_dcarried (B, tokens - first, WIDTH) or None, or p_dx None: not asked for
+    p_partial (B, entries) float32 or None: each image's share of the gradient of the values
+    """
+    # This program computes ROWS rows of one image.
+    i_program = tl.program_id(0)
+    i_b = (i_program // row_programs).to(tl.int64)
+    o_n = i_program % row_programs * ROWS + tl.arange(0, ROWS)
+    m_n = o_n < tokens
+    p_dy += i_b * stride_yb
+    if p_drest is not None:
+        p_drest += i_b * stride_rb
+    if p_partial is not None:
+        p_partial += i_b * entries
+        p_x += i_b * stride_xb
+        if p_update is not None:
+            p_update += i_b * stride_ub
+        if p_carried is not None:
+            p_carried += i_b * stride_cb
+        b_xs = load_state(
+            p_x,
+            p_update,
+            p_carried,
+            o_n,
+            m_n,
+            first,
+            stride_xn,
+            stride_un,
+            stride_cn,
+            WIDTH,
+            PIECES,
+            WHOLE,
+            ALIGNED,
+        )
+    o_e = tl.load(p_starts + o_n, mask=m_n, other=0)
+    o_end = tl.load(p_starts + o_n + 1, mask=o_n + 1 < tokens, other=entries)
+    o_end = tl.where(m_n, o_end, 0)
+    b_dxs = ()
+    for i in tl.static_range(len(PIECES)):
+        b_dxs += (zeros(ROWS, PIECES[i]),)
+    for _ in range(0, tl.max(o_end - o_e, 0)):
+        m_e = o_e < o_end
+        o_r = tl.load(p_rows + o_e, mask=m_e, other=0)
+        o_v = tl.load(p_entries + o_e, mask=m_e, other=0)
+        b_v = tl.load(p_values + o_v, mask=m_e, other=0.0).to(tl.float32)
+        b_ds = load_pieces(
+            in_parts(p_dy, p_drest, o_r, split, stride_yn, stride_rn, ALIGNED), m_e, WIDTH, PIECES, WHOLE
+        )
+        b_sums = ()
+        b_dot = tl.zeros([ROWS], tl.float32)
+        for i in tl.static_range(len(PIECES)):
+            b_sums += (b_dxs[i] + b_v[:, None] * b_ds[i],)
+            if p_partial is not None:
+                b_dot += tl.sum(b_ds[i] * b_xs[i], 1)
+        b_dxs = b_sums
+        if p_partial is not None:
+            tl.store(p_partial + o_v, b_dot, mask=m_e)
+        o_e += 1
+    if p_dx is not None:
+        p_dx += i_b * first * WIDTH
+        if p_dcarried is not None:
+            p_dcarried += i_b * (tokens - first) * WIDTH
+        store_pieces(in_parts(p_dx, p_dcarried, o_n, first, WIDTH, WIDTH, ALIGNED), b_dxs, m_n, WIDTH, PIECES, WHOLE)
+
+
+@triton.jit
+def load_matrix(
+    p_matrix, o_r, rows, o_n, tokens, padded, stride,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """A block [R, N] of a matrix (rows, padded), or of the transpose of (tokens, padded), with zeros from its last
+    column to `padded`."""
+    if TRANSPOSED:
+        p_block = p_matrix + o_n[:, None] * stride + o_r[None, :]
+        return tl.trans(tl.load(p_block, mask=(o_n < tokens)[:, None] & (o_r < padded)[None, :], other=0.0))
+    else:
+        return tl.load(p_matrix + o_r[:, None] * stride + o_n[None, :], mask=(o_r < rows)[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mix(
+    p_matrix, p_starts, p_chunks, p_x, p_carried, p_weight, p_bias, p_y, p_rest, p_normed,
+    rows, tokens, padded, first, split, normed, width, row_programs, width_programs, stride_matrix,
+    stride_xb, stride_xn, stride_cb, stride_cn, stride_yb, stride_yn, stride_rb, stride_rn, eps,
+    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    LISTED: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Mix tokens by a dense matrix, y[b] = matrix @ x[b] or, TRANSPOSED, matrix^T @ x[b], and normalise the first rows.
+
+    p_matrix (rows, stride_matrix), or TRANSPOSED (tokens, stride_matrix), zeros from its last column to `padded`, a
+    multiple of CHUNK; p_starts (blocks of LISTED rows + 1,), p_chunks: which chunks of CHUNK columns hold nonzeros,
+    block after block, or None: all are taken to
+    p_x (B, first, width), p_carried (B, tokens - first, width) or None: any strides, rows contiguous
+    p_weight, p_bias (width,), p_normed (B, normed, width), or None: nothing is normalised
+    p_y (B, split, width), p_rest (B, rows - split, width) or None: any strides, rows contiguous
+
+    What is normalised is written first and read again, by the same program and so from the cache: a whole row of a wide
+    model does not fit into registers beside enough other rows to reuse what is read for it.
+    """
+    # This program computes ROWS rows of one image, every `width_programs`-th block of COLUMNS of them.
+    i_program = tl.program_id(0)
+    i_row = i_program % row_programs
+    i_width = i_program // row_programs % width_programs
+    i_b = (i_program // row_programs // width_programs).to(tl.int64)
+    o_r = i_row * ROWS + tl.arange(0, ROWS)
+    p_x += i_b * stride_xb
+    p_y += i_b * stride_yb
+    if p_carried is not None:
+        p_carried += i_b * stride_cb
+    if p_rest is not None:
+        p_rest += i_b * stride_rb
+    p_written = in_parts(p_y, p_rest, o_r, split, stride_yn, stride_rn, ALIGNED)
+    if p_chunks is not None:
+        start = tl.load(p_starts + i_row * ROWS // LISTED)
+        end = tl.load(p_starts + i_row * ROWS // LISTED + 1)
+    else:
+        start = 0
+        end = tl.cdiv(tokens, CHUNK)
+    b_mean = tl.zeros([ROWS], tl.float32)
+    b_square = tl.zeros([ROWS], tl.float32)  # the sum of squared distances from the mean
+    for w in range(i_width * COLUMNS, width, width_programs * COLUMNS):
+        o_w = w + tl.arange(0, COLUMNS)
+        m_w = (o_w < width)[None, :]
+        b_y = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for i in tl.range(start, end, num_stages=STAGES):
+            if p_chunks is not None:
+                o_n = tl.load(p_chunks + i) * CHUNK + tl.arange(0, CHUNK)
+            else:
+                o_n = i * CHUNK + tl.arange(0, CHUNK)
+            b_m = load_matrix(p_matrix, o_r, rows, o_n, tokens, padded, stride_matrix, TRANSPOSED)
+            p_read = in_parts(p_x, p_carried, o_n, first, stride_xn, stride_cn, ALIGNED)
+            b_x = tl.load(p_read[:, None] + o_w[None, :], mask=(o_n < tokens)[:, None] & m_w, other=0.0)
+            b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
+        b_y = b_y.to(p_y.dtype.element_ty)
+        tl.store(p_written[:, None] + o_w[None, :], b_y, mask=(o_r < rows)[:, None] & m_w)
+        if p_normed is not None:
+            # Statistics of this block of columns join those of the columns before it.
+            b_y = b_y.to(tl.float32)
+            count = tl.minimum(width - w, COLUMNS).to(tl.float32)
+            b_block = tl.sum(b_y, 1) / count
+            b_d = tl.where(m_w, b_y - b_block[:, None], 0.0)
+            b_shift = b_block - b_mean
+            share = count / (w + count)
+            b_square += tl.sum(b_d * b_d, 1) + b_shift * b_shift * w * share
+            b_mean += b_shift * share
+    if p_normed is not None:
+        tl.debug_barrier()  # a row is read by other threads than wrote it
+        b_rstd = tl.rsqrt(b_square / width + eps)
+        p_normed += (i_b * normed + o_r) * width
+        for w in range(0, width, COLUMNS):
+            o_w = w + tl.arange(0, COLUMNS)
+            m_w = o_w < width
+            m_y = (o_r < normed)[:, None] & m_w[None, :]
+            b_weight = tl.load(p_weight + o_w, mask=m_w, other=0.0).to(tl.float32)
+            b_bias = tl.load(p_bias + o_w, mask=m_w, other=0.0).to(tl.float32)
+            b_y = tl.load(p_written[:, None] + o_w[None, :], mask=m_y, other=0.0).to(tl.float32)
+            b_y = (b_y - b_mean[:, None]) * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
+            tl.store(p_normed[:, None] + o_w[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def matrix_gradient(
+    p_dy, p_drest, p_x, p_carried, p_partial,
+    batch, rows, tokens, split, first, width, stride_yb, stride_yn, stride_rb, stride_rn,
+    stride_xb, stride_xn, stride_cb, stride_cn, row_programs, token_programs, splits,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a dense matrix, dy x^T summed over images, in `splits` parts.
+
+    p_dy (B, split, width), p_drest (B, rows - split, width) or None, p_x (B, first, width),
+    p_carried (B, tokens - first, width) or None: any strides, rows contiguous; p_partial (splits, rows, tokens) float32
+    """
+    # This program sums one block [ROWS, TOKENS] over every `splits`-th image.
+    i_program = tl.program_id(0)
+    i_row = i_program % row_programs
+    i_token = i_program // row_programs % token_programs
+    i_split = i_program // row_programs // token_programs
+    o_r = i_row * ROWS + tl.arange(0, ROWS)
+    o_n = i_token * TOKENS + tl.arange(0, TOKENS)
+    i_b = i_split.to(tl.int64)
+    b_sum = tl.zeros([ROWS, TOKENS], tl.float32)
+    for _ in range(i_split, batch, splits):
+        p_dys = in_parts(
+            p_dy + i_b * stride_yb, None if p_drest is None else p_drest + i_b * stride_rb,
+            o_r, split, stride_yn, stride_rn, ALIGNED
+        )  # fmt: skip
+        p_xs = in_parts(
+            p_x + i_b * stride_xb, None if p_carried is None else p_carried + i_b * stride_cb,
+            o_n, first, stride_xn, stride_cn, ALIGNED
+        )  # fmt: skip
+        for w in tl.range(0, width, CHUNK, num_stages=STAGES):
+            o_w = w + tl.arange(0, CHUNK)
+            m_w = (o_w < width)[None, :]
+            b_dy = tl.load(p_dys[:, None] + o_w[None, :], mask=(o_r < rows)[:, None] & m_w, other=0.0)
+            b_x = tl.load(p_xs[:, None] + o_w[None, :], mask=(o_n < tokens)[:, None] & m_w, other=0.0)
+            b_sum = tl.dot(b_dy, tl.trans(b_x), b_sum, input_precision=PRECISION)
+        i_b += splits
+    p_block = p_partial + (i_split * rows + o_r[:, None]).to(tl.int64) * tokens + o_n[None, :]
+    tl.store(p_block, b_sum, mask=(o_r < rows)[:, None] & (o_n < tokens)[None, :])
