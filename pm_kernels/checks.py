@@ -67,7 +67,7 @@ def check_transition(
     x: Tensor,
     carried: Tensor | None,
     matrix: Matrix,
-    rows: int,
+    rows: int | None,
     update: Tensor | None,
     norm: tuple[Tensor, Tensor, float] | None,
 ) -> None:
@@ -88,7 +88,8 @@ def check_transition(
     if norm is not None:
         weight, bias, _ = norm
         _check_affine(x, weight, bias)
-    _check_rows(matrix, rows)
+    if rows is not None:
+        _check_rows(matrix, rows)
 
 
 def _check_structured(x: Tensor, matrix: Matrix, tokens: int, source: str) -> None:

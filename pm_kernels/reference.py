@@ -59,15 +59,16 @@ def transition(
     x: Tensor,
     carried: Tensor | None,
     matrix: Matrix,
-    rows: int,
+    rows: int | None = None,
     *,
     update: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Specification of :func:`pm_kernels.transition`, with the same shapes."""
     mixed = token_mix(joined(x, update, carried), matrix)
-    y, rest = mixed[:, :rows], mixed[:, rows:]
-    return y, rest if rest.shape[1] else None, None if norm is None else layer_norm(y, *norm)
+    y = mixed[:, :rows]
+    rest = None if rows is None or rows == mixed.shape[1] else mixed[:, rows:]
+    return y, rest, None if norm is None else layer_norm(y, *norm)
 
 
 def joined(x: Tensor, update: Tensor | None, carried: Tensor | None) -> Tensor:

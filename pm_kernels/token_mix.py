@@ -72,7 +72,7 @@ def transition(
     x: Tensor,
     carried: Tensor | None,
     matrix: Matrix,
-    rows: int,
+    rows: int | None = None,
     *,
     update: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
@@ -87,7 +87,7 @@ def transition(
         x: (B, C, D), the tokens that a block computed, or all but its last sum.
         carried: (B, p, D), the tokens that were carried past it, or ``None``.
         matrix: (M, C + p), as in :func:`token_mix`.
-        rows: how many rows of the result the next block computes.
+        rows: how many rows of the result the next block computes; ``None`` is all M.
         update: (B, C, D), added to x: what the block's last branch gave.
         norm: weight (D,), bias (D,) and epsilon of the LayerNorm of ``y``.
 
@@ -101,8 +101,10 @@ def transition(
     check_transition(x, carried, matrix, rows, update, norm)
     x, update, carried, matrix = _autocast(x, update, carried, matrix)
     if _on_kernels("transition", x, matrix):
+        total = _rows(matrix)
+        rows = total if rows is None else rows
         y, rest, normed = _mix(x, update, carried, matrix, norm, rows, 0 if norm is None else rows)
-        return y, rest if rows < _rows(matrix) else None, None if norm is None else normed
+        return y, rest if rows < total else None, None if norm is None else normed
     return reference.transition(x, carried, matrix, rows, update=update, norm=norm)
 
 

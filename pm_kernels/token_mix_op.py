@@ -244,7 +244,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        *state, y, matrix, weight = ctx.saved_tensors[:6]
+        x, update, carried, y, matrix, weight, *structure = ctx.saved_tensors
         needs = ctx.needs_input_grad
         nothing = (None,) * len(needs)
         dy, drest, dnormed = gradients
@@ -254,7 +254,7 @@ class _Mix(torch.autograd.Function):
             return nothing
         wanted = [any(needs[:3]), needs[3], dnormed is not None and any(needs[4:6])]
         dx, dcarried, dmatrix, dweight, dbias = mix_backward(
-            dy, drest, dnormed, *state, y, matrix, list(ctx.saved_tensors[6:]), weight, ctx.eps, ctx.first, ctx.tokens,
+            dy, drest, dnormed, x, update, carried, y, matrix, structure, weight, ctx.eps, ctx.first, ctx.tokens,
             ctx.split, ctx.normed, wanted,
         )  # fmt: skip
         results = (

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -84,27 +84,91 @@ class PMAttention(Attention):
         return zip(self.qkv.weight.split(sizes), biases, strict=True)
 
 
-def attends_apart(block: nn.Module) -> bool:
-    """Whether :func:`run_rows` can run the block: timm's plain Block on a :class:`PMAttention`, with nothing around it.
+def runs_rewired(block: nn.Module) -> bool:
+    """Whether the block is timm's plain Block with nothing around it, so that :func:`run_block` can take it apart.
 
     Hooks, wrappers and adapters expect to see the block's whole input and output.
     """
-    plain = type(block) is Block and type(block.attn) is PMAttention and type(block.attn.qkv) is nn.Linear
-    hooks = (block._forward_pre_hooks, block._forward_hooks, block._backward_pre_hooks, block._backward_hooks)
-    return plain and not any(hooks)
+    return type(block) is Block and not _has_hooks(block)
 
 
-def run_rows(block: Block, x: Tensor, rows: int) -> Tensor:
-    """The first ``rows`` rows (B, rows, D) of ``block(x)`` for x (B, N, D), computing no others.
+def attends_apart(block: nn.Module) -> bool:
+    """Whether :func:`run_block` can run some rows of the block: its attention is a plain :class:`PMAttention`."""
+    return runs_rewired(block) and type(block.attn) is PMAttention and type(block.attn.qkv) is nn.Linear
 
-    Those rows still attend to all of x. timm's own forward runs, on the rows and with their keys and values fixed.
+
+def opening_norm(block: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """Weight, bias and epsilon of the LayerNorm that the block starts with, where :func:`run_block` can be given it."""
+    if not runs_rewired(block):
+        return None
+    norm = block.norm1
+    plain = type(norm) in (nn.LayerNorm, LayerNorm) and not _has_hooks(norm) and len(norm.normalized_shape) == 1
+    if not plain or norm.weight is None or norm.bias is None:
+        return None
+    return norm.weight, norm.bias, norm.eps
+
+
+def run_block(
+    block: nn.Module, x: Tensor, *, normed: Tensor | None = None, rows: int | None = None, apart: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``block(x)`` for x (B, N, D), by timm's own forward on rewired attributes.
+
+    Args:
+        block: a timm block; with any option, one that :func:`runs_rewired`.
+        x: (B, N, D).
+        normed: (B, N, D), ``block.norm1(x)`` where it is there already.
+        rows: compute the first rows alone, which still attend to all of x; the block :func:`attends_apart`.
+        apart: leave the last sum to be done.
+
+    Returns:
+        The result (B, N or rows, D) and ``None``, or the two terms of its last sum.
     """
-    attended = block.norm1(x)
+    replaced: dict[str, object] = {}
+    if rows is not None:
+        attended = block.norm1(x) if normed is None else normed
 
-    def attention(queries: Tensor, **masks: object) -> Tensor:
-        return block.attn(queries, **masks, attended=attended)
+        def attention(queries: Tensor, **masks: object) -> Tensor:
+            return block.attn(queries, **masks, attended=attended)
 
-    return Block.forward(Rewired(block, attn=attention), x[:, :rows])
+        replaced["attn"] = attention
+        x, normed = x[:, :rows], attended[:, :rows]
+    if normed is not None:
+        replaced["norm1"] = lambda _: normed
+    if apart:
+        return _without_last_sum(block, x, replaced)
+    return (Block.forward(Rewired(block, **replaced), x) if replaced else block(x)), None
+
+
+class _Term:
+    """What a sum with a tensor makes a pair of."""
+
+    def __init__(self, term: Tensor) -> None:
+        self.term = term
+
+    def __radd__(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        return other, self.term
+
+
+def _without_last_sum(block: Block, x: Tensor, replaced: dict[str, object]) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        return Block.forward(Rewired(block, **replaced, drop_path2=lambda x: _Term(block.drop_path2(x))), x)
+    # A compiler knows no sums of tensors with other things; it drops the one that nothing reads.
+    terms = []
+
+    def norm(x: Tensor) -> Tensor:
+        terms.append(x)
+        return block.norm2(x)
+
+    def drop_path(x: Tensor) -> Tensor:
+        terms.append(block.drop_path2(x))
+        return terms[-1]
+
+    Block.forward(Rewired(block, **replaced, norm2=norm, drop_path2=drop_path), x)
+    return tuple(terms)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
 
 
 def merges_inside(block: nn.Module) -> bool:

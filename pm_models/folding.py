@@ -6,22 +6,23 @@ selection E of its pruned tokens act on ``F z``, so that ``T = [M ; E^T] F`` tak
 itself is never needed. Everything here is matrices; no image is touched.
 
 While the matrices keep the plan's support, each token's row of a frame has one nonzero and each column of a merge
-matrix has one. A transition then has one entry for each token that it reads, the product of two numbers, and nothing
-of size N x N appears.
+matrix has one. A transition then has at most one entry for each token that it reads, a sum of products of two numbers,
+and nothing of size N x N appears.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pm_kernels import SparseRows
+from pm_kernels import BlockRows, ByColumn, SparseRows
 
 from .plan import CompressionPlan, StagePlan
 
 TRAIN_MATRICES = ("support", "dense", None)
 READOUTS = ("all", "prefix", "patch_mean")
+Transition = Tensor | SparseRows | BlockRows
 
 
 class StageMatrices(nn.Module):
@@ -90,17 +91,32 @@ class Folded:
         readout: the matrix that makes the rows asked for from the last state, or ``None`` where the state is them.
     """
 
-    transitions: list[Tensor | SparseRows | None]
-    frames: list[Tensor | SparseRows | None]
-    readout: Tensor | SparseRows | None
+    transitions: list[Transition | None]
+    frames: list[Transition | None]
+    readout: Transition | None
 
     def to(self, dtype: torch.dtype) -> "Folded":
         """The same with matrices of another dtype."""
+        return self._each(lambda matrix: matrix.to(dtype))
 
-        def cast(matrix: Tensor | SparseRows | None) -> Tensor | SparseRows | None:
-            return None if matrix is None else matrix.to(dtype)
+    def structured(self) -> "Folded":
+        """The same by what the matrices hold now: those of few nonzeros by these, those of few blocks by these."""
+        return self._each(lambda matrix: _structured(matrix) if isinstance(matrix, Tensor) else matrix)
 
-        return Folded([cast(t) for t in self.transitions], [cast(f) for f in self.frames], cast(self.readout))
+    def _each(self, change: Callable[[Transition], Transition]) -> "Folded":
+        def changed(matrices: list[Transition | None]) -> list[Transition | None]:
+            return [None if matrix is None else change(matrix) for matrix in matrices]
+
+        return Folded(changed(self.transitions), changed(self.frames), *changed([self.readout]))
+
+
+def _structured(matrix: Tensor) -> Transition:
+    rows, columns = matrix.shape
+    if int(matrix.count_nonzero()) <= 4 * rows:
+        return SparseRows.from_dense(matrix)
+    blocks = BlockRows.from_dense(matrix)
+    every = (len(blocks.starts) - 1) * -(-columns // 32)
+    return blocks if 4 * len(blocks.chunks) <= 3 * every else matrix
 
 
 class Folding(nn.Module):
@@ -130,6 +146,7 @@ class Folding(nn.Module):
         self.register_buffer("wanted_sizes", sizes, persistent=False)
         self._wanted = int(rows[-1]) + 1
         self._all = readout == "all"
+        self._prefix = readout == "prefix"
         if not self.dense:
             self._lay_out()
 
@@ -164,11 +181,11 @@ class Folding(nn.Module):
     def _lay_out(self) -> None:
         """The indices of every sparse matrix. A frame is two lists over tokens: its column, and where its value is.
 
-        A transition's entries are the tokens that it reads, sorted by row; entry ``i`` reads column ``columns[i]`` with
-        the value ``weights[i] * frame_values[sources[i]]``, where the values of a frame are the stage's reconstruct
-        values and, last, a 1 for carried tokens.
+        A transition reads tokens, sorted by row; token ``i`` has the value ``weights[i] * frame_values[sources[i]]``
+        there, where the values of a frame are the stage's reconstruct values and, last, a 1 for carried tokens. Tokens
+        of a row that stand in the same column of the frame are one entry, whose value is their sum.
         """
-        slots, sources = None, None
+        slots, sources, columns = None, None, self._num_tokens
         for index, (run, name) in enumerate(zip(self._runs, self._carried, strict=True)):
             matrices, tokens = run.matrices, torch.arange(self._num_tokens)
             if matrices is None:
@@ -179,7 +196,8 @@ class Folding(nn.Module):
                 rows = torch.cat([merged_rows, matrices.shape[0] + torch.arange(len(carried))])
                 tokens = torch.cat([merged_columns, carried])
             if matrices is not None or slots is not None:
-                self._add_layout(f"transition{index}", rows, tokens, slots, sources)
+                self._add_layout(f"transition{index}", rows, tokens, slots, sources, columns)
+            columns = int(rows[-1]) + 1
             if matrices is None:
                 slots, sources = None, None
                 continue
@@ -189,17 +207,33 @@ class Folding(nn.Module):
             sources[merged_columns] = torch.arange(len(merged_columns))
             if self._all:
                 everything = torch.arange(self._num_tokens)
-                self._add_layout(f"frame{index}", everything, everything, slots, sources)
-        self._add_layout("readout", self.wanted_rows, self.wanted_columns, slots, sources)
+                self._add_layout(f"frame{index}", everything, everything, slots, sources, columns)
+        # What is read of the prefix stands in the first rows of every state.
+        columns = int(self.wanted_rows[-1]) + 1 if self._prefix else columns
+        self._add_layout("readout", self.wanted_rows, self.wanted_columns, slots, sources, columns)
+        self._columns = columns
 
     def _add_layout(
-        self, name: str, rows: Tensor, tokens: Tensor, slots: Tensor | None, sources: Tensor | None
+        self, name: str, rows: Tensor, tokens: Tensor, slots: Tensor | None, sources: Tensor | None, columns: int
     ) -> None:
-        """Register the indices of a matrix whose entries read ``tokens`` through the frame, one a row of ``rows``."""
-        starts = torch.searchsorted(rows, torch.arange(int(rows[-1]) + 1))
-        self.register_buffer(f"{name}_starts", starts.int(), persistent=False)
-        self.register_buffer(f"{name}_columns", (tokens if slots is None else slots[tokens]).int(), persistent=False)
-        self.register_buffer(f"{name}_sources", None if slots is None else sources[tokens], persistent=False)
+        """Register the indices of a matrix (any, columns) that reads ``tokens`` through the frame, one a row of
+        ``rows``."""
+        read = tokens if slots is None else slots[tokens]
+        places, entries = torch.unique(rows * columns + read, return_inverse=True)
+        starts = torch.searchsorted(places, torch.arange(int(rows[-1]) + 1) * columns).int()
+        read = (places % columns).int()
+        indices = {"starts": starts, "columns": read, "sources": None if slots is None else sources[tokens]}
+        for field, by_column in ByColumn.of(starts, read, columns)._asdict().items():
+            indices[f"by_column_{field}"] = by_column
+        # Which tokens make up each entry, filled up with the one after the last, a zero.
+        most = int(entries.bincount().max())
+        members = torch.full((len(places), most), len(tokens))
+        order = entries.argsort(stable=True)
+        first = torch.searchsorted(entries[order], entries[order])
+        members[entries[order], torch.arange(len(order)) - first] = order
+        indices["members"] = None if torch.equal(entries, torch.arange(len(tokens))) else members
+        for field, tensor in indices.items():
+            self.register_buffer(f"{name}_{field}", tensor, persistent=False)
 
     def _fold_sparse(self, like: Tensor, dtype: torch.dtype) -> Folded:
         one = torch.ones(1, dtype=dtype, device=like.device)
@@ -220,14 +254,21 @@ class Folding(nn.Module):
                 frames.append(self._sparse(f"frame{index}", None, frame_values) if self._all else None)
         if self._all:
             return Folded(transitions, frames, frames[-1])
-        return Folded(transitions, [], self._sparse("readout", 1 / self.wanted_sizes.to(dtype), frame_values))
+        wanted = self._sparse("readout", 1 / self.wanted_sizes.to(dtype), frame_values)
+        # A mean of all patches is a row without zeros.
+        return Folded(transitions, [], wanted if self._prefix else wanted.to_dense(self._columns))
 
     def _sparse(self, name: str, weights: Tensor | None, frame_values: Tensor | None) -> SparseRows:
         values = weights
         if frame_values is not None:
             values = frame_values.index_select(0, getattr(self, f"{name}_sources"))
             values = values if weights is None else weights * values
-        return SparseRows(getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns"), values)
+        members = getattr(self, f"{name}_members")
+        if members is not None:
+            values = torch.cat([values, values.new_zeros(1)])
+            values = values.index_select(0, members.flatten()).view(members.shape).sum(1)
+        by_column = ByColumn(*(getattr(self, f"{name}_by_column_{field}") for field in ByColumn._fields))
+        return SparseRows(getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns"), values, by_column)
 
 
 def _carried_tokens(runs: Sequence[Run], num_tokens: int, num_prefix_tokens: int, readout: str) -> list[Tensor]:

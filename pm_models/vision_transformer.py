@@ -11,19 +11,21 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pm_kernels import token_mix
+from pm_kernels import token_mix, transition
 
 from .attention import (
     PMAttention,
     attends_apart,
     fusable_attentions,
     merges_inside,
+    opening_norm,
     refuse_masks,
     replace_module,
+    run_block,
     run_merging,
-    run_rows,
+    runs_rewired,
 )
-from .folding import READOUTS, TRAIN_MATRICES, Folded, Folding, Run, StageMatrices
+from .folding import READOUTS, TRAIN_MATRICES, Folded, Folding, Run, StageMatrices, Transition
 from .plan import CompressionPlan
 from .rewiring import Rewired
 
@@ -241,7 +243,10 @@ class PMVisionTransformer(VisionTransformer):
         return x
 
     def _run_folded(self, readout: str, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
-        """The same through folded transitions: between stages there is only the state, see :mod:`.folding`."""
+        """The same through folded transitions: between stages there is only the state, see :mod:`.folding`.
+
+        The state is in three tensors: the next transition mixes ``[x + update; carried]``.
+        """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         folded = self._fold(readout, dtype, x.device)
@@ -249,27 +254,50 @@ class PMVisionTransformer(VisionTransformer):
         # Where the readout reads the prefix rows alone, the last block computes no others. Only with matrices on the
         # plan's support is it so: a prefix token is read off its own row, with dense matrices off all rows.
         reads_prefix = readout == "prefix" and self.train_matrices != "dense" and attends_apart(blocks[-1])
-        reduced = len(blocks) - 1 if reads_prefix else None
-        for index, (run, transition) in enumerate(zip(self._runs, folded.transitions, strict=True)):
-            if transition is not None:
-                x = token_mix(x, transition)
-            computed = x.shape[1] if run.matrices is None else run.matrices.shape[0]
-            y, carried = x, None
-            if computed < x.shape[1]:
-                y, carried = x[:, :computed], x[:, computed:]
+        recomputed = self.grad_checkpointing and torch.is_grad_enabled()
+        update = carried = None
+        for index, (run, matrix) in enumerate(zip(self._runs, folded.transitions, strict=True)):
             for block in range(run.first, run.last + 1):
-                if block == reduced:
-                    y = self._block(partial(run_rows, blocks[block], rows=self.num_prefix_tokens), y)
-                else:
-                    y = self._block(blocks[block], y)
+                step = partial(
+                    self._step,
+                    blocks[block],
+                    matrix=matrix if block == run.first else None,
+                    computed=self.plan.num_tokens if run.matrices is None else run.matrices.shape[0],
+                    rows=self.num_prefix_tokens if reads_prefix and block == len(blocks) - 1 else None,
+                    # A step that is computed again keeps its inputs, of which one is less than two.
+                    apart=block == run.last and block not in maps and not recomputed and runs_rewired(blocks[block]),
+                )
+                x, update, carried = checkpoint(step, x, update, carried) if recomputed else step(x, update, carried)
                 if block in maps:
-                    state = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
                     frame = folded.frames[index]
-                    maps[block] = state if frame is None else token_mix(state, frame)
+                    maps[block] = x if frame is None else transition(x, carried, frame, self.plan.num_tokens)[0]
                     if block == max(maps):
                         return maps[block]
-            x = y if carried is None else torch.cat([y, carried.to(y.dtype)], dim=1)
-        return x if folded.readout is None else token_mix(x, folded.readout)
+        if folded.readout is None:
+            return x if update is None else x + update
+        if readout == "prefix" and self.train_matrices != "dense":
+            x, carried = x[:, : self.num_prefix_tokens], None
+            update = None if update is None else update[:, : self.num_prefix_tokens]
+        return transition(x, carried, folded.readout, update=update)[0]
+
+    def _step(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        update: Tensor | None,
+        carried: Tensor | None,
+        *,
+        matrix: Transition | None,
+        computed: int,
+        rows: int | None,
+        apart: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A block, and the transition before it where there is one, from state to state."""
+        normed = None
+        if matrix is not None:
+            norm = opening_norm(block)
+            x, carried, normed = transition(x, carried, matrix, computed, update=update, norm=norm)
+        return *run_block(block, x, normed=normed, rows=rows, apart=apart), carried
 
     def _block(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -290,7 +318,7 @@ class PMVisionTransformer(VisionTransformer):
         versions = self._versions()
         if kept is None or kept[0] != versions:
             with torch.inference_mode(False), torch.no_grad():
-                kept = versions, self._foldings[readout]().to(dtype)
+                kept = versions, self._foldings[readout]().to(dtype).structured()
             self._folded[readout, dtype, device] = kept
         return kept[1]
 

@@ -1,0 +1,192 @@
+"""Compressed models on the Triton kernels, on a GPU or in Triton's interpreter, and what a training step keeps."""
+
+import numpy
+import pytest
+import torch
+from helpers import images_for, plan_for, small_vit
+from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pm_kernels import BlockRows, SparseRows, backend
+from pm_models import compress
+
+triton = pytest.importorskip("triton")
+if not torch.cuda.is_available() and Version(triton.__version__) < Version("3.9"):
+    if Version(numpy.__version__) >= Version("2.4"):
+        pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POOLS = {
+    "token": {},
+    "average": {"global_pool": "avg"},
+    "average after norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 3},
+    "average without norm": {"global_pool": "avg", "final_norm": False},
+}
+
+
+def compressed_vit(train_matrices="support", stages=None, **arguments):
+    """Four blocks of width 32, with matrices that are no longer the plan's."""
+    model = small_vit(depth=4, **arguments)
+    compressed = compress(model, plan_for(model, stages=stages), train_matrices=train_matrices).to(DEVICE)
+    with torch.no_grad():
+        for parameter in compressed.stages.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return compressed
+
+
+def outputs_and_gradients(model, images, name):
+    model.zero_grad()
+    with backend(name):
+        out = model(images)
+        out.square().sum().backward()
+    return {"out": out.detach()} | {key: value.grad for key, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stages", [None, [(1, 2)]], ids=["every block", "one stage"])
+@pytest.mark.parametrize("train_matrices", ["support", "dense"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_training_on_the_kernels(pool, train_matrices, stages):
+    model = compressed_vit(train_matrices, stages, **POOLS[pool]).train()
+    images = images_for(model).to(DEVICE)
+    expected = outputs_and_gradients(model, images, "reference")
+    largest = max(float(value.abs().max()) for value in expected.values() if value is not None)
+    for name, value in outputs_and_gradients(model, images, "triton").items():
+        if expected[name] is None:
+            assert value is None, name
+            continue
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("train_matrices", ["support", "dense", None])
+def test_inference_on_the_kernels(train_matrices):
+    model = compressed_vit(train_matrices).eval()
+    images = images_for(model).to(DEVICE)
+    with torch.inference_mode(), backend("reference"):
+        expected = model(images)
+    with torch.inference_mode(), backend("triton"):
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointing_on_the_kernels():
+    model = compressed_vit().train()
+    images = images_for(model).to(DEVICE)
+    expected = outputs_and_gradients(model, images, "triton")
+    model.set_grad_checkpointing()
+    for name, value in outputs_and_gradients(model, images, "triton").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that ran and the shapes of what they gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        results = out if isinstance(out, (tuple, list)) else [out]
+        shapes = [tuple(result.shape) for result in results if isinstance(result, torch.Tensor)]
+        self.calls.append((function.overloadpacket.__name__, shapes))
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_between_blocks_there_is_one_operator_and_no_full_map(training):
+    """A transition is all that happens between two blocks: no copy, no sum, no norm; and no tensor has all tokens."""
+    model = compressed_vit().train(training)
+    images = images_for(model).to(DEVICE)
+    with torch.set_grad_enabled(training), backend("triton"), Recorded() as recorded:
+        model(images)
+    names = [name for name, _ in recorded.calls]
+    first = names.index("mix")
+    assert names.count("mix") == 4 + 1  # before each block, and for the head
+    after = recorded.calls[first + 1 :]
+    tokens = model.plan.num_tokens
+    activations = [shape for _, shapes in after for shape in shapes if len(shape) == 3]
+    assert activations
+    assert not any(shape[1] >= tokens for shape in activations)
+    copies = {"cat", "stack", "clone", "copy_", "_to_copy", "contiguous"}
+    if not training:  # where the transitions are folded anew
+        assert not copies & {name for name, _ in after}
+    # Three blocks have one sum and one norm left; the last one computes the prefix alone.
+    rows = [name for name, shapes in after if shapes and len(shapes[0]) == 3 and shapes[0][1] > 1]
+    assert rows.count("add") == rows.count("native_layer_norm") == 3
+
+
+def saved_bytes(model, images):
+    """What autograd keeps for the backward, each memory once, parameters and buffers left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images).sum()
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_what_a_training_step_keeps(name):
+    """At keep rate 0.6 at most 0.66 of what the dense model keeps."""
+    model = small_vit(img_size=(56, 56), depth=6).train().to(DEVICE)
+    compressed = compress(model, plan_for(model, keep_rate=0.6, prune_rate=0.1)).train()
+    images = images_for(model, batch=2).to(DEVICE)
+    with backend(name):
+        assert saved_bytes(compressed, images) <= 0.66 * saved_bytes(model, images)
+
+
+@pytest.mark.parametrize("where", ["block", "norm1", "norm2"])
+def test_hooks_see_what_they_see_on_the_dense_model(where):
+    model = compressed_vit().eval()
+    images = images_for(model).to(DEVICE)
+    seen = []
+    with torch.no_grad():
+        expected = model(images)
+        block = model.blocks[1]
+        module = block if where == "block" else getattr(block, where)
+        handle = module.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+        torch.testing.assert_close(model(images), expected)
+        handle.remove()
+        ((given, result),) = seen
+        assert given.shape == result.shape == (3, model.plan.tokens[1], 32)
+        torch.testing.assert_close(module(given), result)
+
+
+def test_dense_matrices_are_taken_by_what_they_hold():
+    """Kept transitions of dense matrices are sparse as long as they are the plan's, and dense once they are trained."""
+    model = small_vit(depth=3, img_size=(80, 80))
+    compressed = compress(model, plan_for(model, 0.6, 0.1), train_matrices="dense")
+    images = images_for(model)
+
+    def kinds():
+        return {type(matrix) for matrix in compressed._fold("all", torch.float32, torch.device("cpu")).transitions}
+
+    with torch.no_grad():
+        expected = compressed.forward_features(images)
+        assert kinds() == {SparseRows}
+        compressed.execution = "literal"
+        torch.testing.assert_close(compressed.forward_features(images), expected)
+        compressed.execution = "folded"
+        for stage in compressed.stages.values():
+            for matrix in (stage.merge, stage.reconstruct):
+                near = torch.arange(matrix.shape[0])[:, None] / matrix.shape[0]
+                near = (near - torch.arange(matrix.shape[1]) / matrix.shape[1]).abs() < 0.05
+                matrix.copy_(near * torch.randn_like(matrix) / 5)
+        expected = compressed.forward_features(images)
+        assert kinds() == {BlockRows}
+        with backend("triton" if DEVICE == "cuda" else "reference"):
+            torch.testing.assert_close(compressed.forward_features(images), expected, rtol=1e-3, atol=1e-3)
+        compressed.execution = "literal"
+        torch.testing.assert_close(compressed.forward_features(images), expected, rtol=1e-4, atol=1e-4)
+        compressed.execution = "folded"
+        for parameter in compressed.stages.parameters():
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+        compressed.forward_features(images)
+        assert kinds() == {torch.Tensor}
