@@ -7,12 +7,8 @@ and cuDNN backends and FlexAttention. On a CPU: batch 8 in float32, calls altern
 attention with the attention matrix in memory. Every output is compared with float64 before anything is timed.
 """
 
-import argparse
-import json
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,11 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pm_kernels import fused_merge_attention_qkv
-from pm_models.files import write_atomically
-from pm_models.measure import alternate
-from pm_models.report import format_table
 
-from .machine import describe
+from . import comparison
 
 HEADS, WIDTH = 6, 64
 BACKENDS = {
@@ -113,15 +106,6 @@ def counted(case: Case, batch: int, size: int) -> tuple[int, int]:
     return batch * HEADS * WIDTH * read * size, batch * HEADS * flops
 
 
-def error(function: Callable[[], object], exact: tuple[Tensor, ...]) -> float:
-    """The largest relative error of any result."""
-    results = function()
-    results = results if isinstance(results, tuple) else (results,)
-    return max(
-        ((result.double() - value).norm() / value.norm()).item() for result, value in zip(results, exact, strict=True)
-    )
-
-
 def measure(case: Case, device: str, machine: dict) -> dict:
     """One record."""
     batch, dtype = (256, torch.bfloat16) if device == "cuda" else (8, torch.float32)
@@ -135,79 +119,21 @@ def measure(case: Case, device: str, machine: dict) -> dict:
     wide = [None if x is None else x.double() for x in (qkv[:2], merge, upstream[:2])]
     exact = work(case, partial(pytorch, with_matrix), *wide)()
     exact = exact if isinstance(exact, tuple) else (exact,)
-    functions, errors = {}, {}
-    for name, function in {"ours": ours, **peers(device)}.items():
-        try:
-            errors[name] = error(work(case, function, qkv[:2], merge, upstream[:2]), exact)
-            functions[name] = work(case, function, qkv, merge, upstream)
-            functions[name]()
-        except (RuntimeError, torch.OutOfMemoryError) as problem:
-            print(f"{case}: {name} cannot run: {str(problem).splitlines()[0]}")
-            functions.pop(name, None)
-    seconds = timed(functions, device)
-    milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-    moved, flops = counted(case, batch, qkv.element_size())
+    functions = {
+        name: (work(case, function, qkv[:2], merge, upstream[:2]), work(case, function, qkv, merge, upstream))
+        for name, function in {"ours": ours, **peers(device)}.items()
+    }
     precision = str(dtype).removeprefix("torch.")
-    rate = machine["matmul_tflops"][precision]
     name = "merge_attention" if case.kind == "merge" else f"attention_{case.kind}"
-    return {
-        "case": "-".join([f"{name}/n{case.tokens}", *([f"c{case.merged}"] if case.merged else []), precision]),
-        "op": "attention",
-        "shape": list(qkv.shape),
-        "dtype": precision,
-        "ours_ms": milliseconds.pop("ours"),
-        "peers": milliseconds,
-        "spread_ms": {peer: 1e3 * (max(times) - min(times)) for peer, times in seconds.items()},
-        "errors": errors,
-        "bytes": moved,
-        "flops": flops,
-        "roofline_ms": max(moved / machine["copy_gbps"] / 1e6, flops / rate / 1e9),
-    }
-
-
-def timed(functions: dict[str, Callable[[], object]], device: str) -> dict[str, list[float]]:
-    """Seconds of each call."""
-    if device == "cpu":
-        return alternate(functions, 10, synchronize=False)
-    from triton.testing import do_bench
-
-    return {
-        name: [1e-3 * time for time in do_bench(function, warmup=50, rep=200, return_mode="all")]
-        for name, function in functions.items()
-    }
-
-
-def rows(records: list[dict]) -> Iterator[tuple[str, ...]]:
-    yield "case", "ms", "of the floor", "fastest peer", "x it", "error x its"
-    for record in records:
-        ours_ms, others = record["ours_ms"], record["peers"]
-        best = min(others, key=others.get)
-        yield (
-            record["case"],
-            f"{ours_ms:.3f}",
-            f"{record['roofline_ms'] / ours_ms:.0%}",
-            best,
-            f"{others[best] / ours_ms:.2f}",
-            f"{record['errors']['ours'] / record['errors'][best]:.2f}",
-        )
+    case_name = "-".join([f"{name}/n{case.tokens}", *([f"c{case.merged}"] if case.merged else []), precision])
+    moved, flops = counted(case, batch, qkv.element_size())
+    return comparison.record(case_name, "attention", functions, exact, qkv, moved, flops, machine)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=None, help="write the records to a JSON file")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = describe(device)
-    records = []
-    for case in CASES:
-        if device == "cpu" and case.tokens > 1000:
-            continue
-        records.append(measure(case, device, machine))
-        print(format_table(list(rows(records))).splitlines()[-1], flush=True)
-        if options.output is not None:
-            content = json.dumps({**machine, "records": records}, indent=2) + "\n"
-            write_atomically(options.output, content.encode())
-    print("\n" + format_table(list(rows(records))))
+    """Cases of which a CPU takes minutes are left to a GPU."""
+    cases = [case for case in CASES if torch.cuda.is_available() or case.tokens <= 1000]
+    comparison.main(__doc__, cases, measure)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Speed and cost of models: throughput side by side, and multiply-accumulates."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,13 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchronize: bool) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls of each function, taken in turn so that a drift of the machine meets all alike.
+    """Seconds of ``rounds`` calls of each function, in turn, so that a drift of the machine meets all alike.
 
-    Each is called twice before, unmeasured. ``synchronize`` waits for the CUDA device around every call.
+    The order changes from round to round, as a function may find in the cache what the one before it left. Each is
+    called twice before, unmeasured. ``synchronize`` waits for the CUDA device around every call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for round_ in range(-2, rounds):
-        for name, function in functions.items():
+        for name, function in order.sample(list(functions.items()), len(functions)):
             if synchronize:
                 torch.cuda.synchronize()
             start = time.perf_counter()

@@ -105,6 +105,14 @@ class PMVisionTransformer(VisionTransformer):
         """
         return [matrices.reconstruct_matrix() for matrices in self._block_matrices()]
 
+    def transitions(self) -> list[Transition | None]:
+        """The matrix that makes each stage's state from the one before, in order, as folded execution takes them.
+
+        Uncompressed blocks between stages have one too. ``None`` is a state that stays as it is.
+        """
+        like = self.patch_embed.proj.weight
+        return self._fold(self._pooled_readout(), like.dtype, like.device).transitions
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, 3, H, W) to logits (B, classes)."""
         refuse_masks(attn_mask, is_causal)

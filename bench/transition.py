@@ -1,0 +1,230 @@
+"""A transition of deit_small at keep rate 0.6, prune rate 0.1, with the norm after it, beside what else does the same.
+
+    python -m bench.transition [--output FILE]
+
+First the memory traffic of every boundary between two blocks, counted from its matrix. Then the time of a boundary in
+the middle: the mix with the sum before it and the LayerNorm after it, forward, and with its backward. Peers are the
+paper's equations one by one (``literal``), the folded matrix as a product and a norm of PyTorch (``matmul``), the same
+compiled, and PyTorch's embedding bag; ``ideal`` is the sum and the norm alone, which a plain ViT has to do too.
+On a GPU at batch 256 in bfloat16, on a CPU at batch 8 in float32.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pm_kernels import SparseRows, reference, transition
+from pm_models import CompressionPlan, PMVisionTransformer, compress
+from pm_models.report import format_table
+
+from . import comparison
+from .models import KEEP_RATE, PRUNE_RATE
+
+WIDTH = 384
+BLOCK = 6
+CASES = ("forward", "backward", "forward-dense", "backward-dense")
+EPS = 1e-6
+
+
+class Boundary(NamedTuple):
+    """What is before a block and in it, all differentiable: the last block's two terms, and the carried rows."""
+
+    x: Tensor
+    update: Tensor
+    carried: Tensor
+    values: Tensor  # of the folded matrix, sparse or dense
+    weight: Tensor
+    bias: Tensor
+
+
+class Constants(NamedTuple):
+    """The matrices of the boundary, as the peers need them."""
+
+    folded: SparseRows
+    rows: int
+    merge: Tensor
+    reconstruct: Tensor
+    pruned: Tensor  # (N,), 1 where the block before the boundary did not compute a token
+
+
+def model() -> PMVisionTransformer:
+    torch.manual_seed(0)
+    dense = timm.create_model("deit_small_patch16_224")
+    plan = CompressionPlan.from_scores(torch.rand(12, 196), (14, 14), KEEP_RATE, PRUNE_RATE)
+    return compress(dense, plan).eval()
+
+
+def traffic(compressed: PMVisionTransformer) -> list[dict]:
+    """Rows that each boundary moves, per image, and the fewest that it could.
+
+    A program reads a row once, however many of its own rows use it, and once more for every other program that does.
+    ``least`` reads the state once, and writes the next state and the normed rows. The matrix and the norm's weights are
+    counted as moved, at a batch of one image; at larger ones they come from the cache.
+    """
+    from pm_kernels.token_mix_launch import whole_rows
+
+    per_program = whole_rows(WIDTH, 2048)["ROWS"]
+    counted, state = [], compressed.plan.num_tokens
+    for index, matrix in enumerate(compressed.transitions()):
+        rows, normed = len(matrix.starts), compressed.plan.tokens[index]
+        row = torch.searchsorted(matrix.starts, torch.arange(len(matrix.columns)), right=True) - 1
+        read = torch.unique(row // per_program * state + matrix.columns).numel()
+        indices = (4 * (len(matrix.starts) + len(matrix.columns)) + 2 * len(matrix.values) + 8 * WIDTH) / (2 * WIDTH)
+        counted.append(
+            {
+                "boundary": index,
+                "state": state,
+                "rows": rows,
+                "normed": normed,
+                "nonzeros": len(matrix.columns),
+                "moved_rows": read + indices + rows + normed,
+                "least_rows": state + rows + normed,
+            }
+        )
+        state = rows
+    return counted
+
+
+def traffic_table(counted: list[dict]) -> str:
+    rows = [("boundary", "state", "rows", "normed", "nonzeros", "moved", "least", "moved / least")]
+    for record in counted:
+        moved, least = record["moved_rows"], record["least_rows"]
+        names = ("boundary", "state", "rows", "normed", "nonzeros")
+        rows.append((*(str(record[name]) for name in names), f"{moved:.0f}", str(least), f"{moved / least:.3f}"))
+    return format_table(rows)
+
+
+def ours(kind: str, constants: Constants, given: Boundary) -> tuple[Tensor, ...]:
+    matrix = given.values if kind.endswith("dense") else constants.folded._replace(values=given.values)
+    norm = (given.weight, given.bias, EPS)
+    return transition(given.x, given.carried, matrix, constants.rows, update=given.update, norm=norm)
+
+
+def embedding_bag(kind: str, constants: Constants, given: Boundary) -> tuple[Tensor, ...]:
+    matrix = constants.folded._replace(values=given.values)
+    norm = (given.weight, given.bias, EPS)
+    return reference.transition(given.x, given.carried, matrix, constants.rows, update=given.update, norm=norm)
+
+
+def matmul(kind: str, constants: Constants, given: Boundary) -> tuple[Tensor, ...]:
+    matrix = given.values
+    if not kind.endswith("dense"):
+        tokens = given.x.shape[1] + given.carried.shape[1]
+        matrix = constants.folded._replace(values=given.values).to_dense(tokens)
+    mixed = matrix @ torch.cat([given.x + given.update, given.carried], dim=1)
+    y = mixed[:, : constants.rows]
+    return y, mixed[:, constants.rows :], F.layer_norm(y, (WIDTH,), given.weight, given.bias, EPS)
+
+
+def literal(constants: Constants, full: Tensor, given: Boundary) -> Tensor:
+    """R y + (1 - mask) x, merged for the next block and normed; the full map stays, as the next boundary reads it."""
+    y = given.x + given.update
+    full = torch.tensordot(constants.reconstruct, y, ([1], [1])).transpose(0, 1) + constants.pruned[:, None] * full
+    y = torch.tensordot(constants.merge, full, ([1], [1])).transpose(0, 1)
+    return F.layer_norm(y, (WIDTH,), given.weight, given.bias, EPS)
+
+
+def ideal(given: Boundary) -> Tensor:
+    return F.layer_norm(given.x + given.update, (WIDTH,), given.weight, given.bias, EPS)
+
+
+def work(
+    case: str, function: Callable[[Boundary], object], given: Boundary, upstreams: list[Tensor]
+) -> comparison.Call:
+    """What is timed: one call, with its backward where the case says so."""
+    if case.startswith("forward"):
+        return lambda: function(given)
+    given = Boundary(*(tensor.detach().requires_grad_() for tensor in given))
+
+    def both() -> tuple[Tensor, ...]:
+        results = function(given)
+        results = results if isinstance(results, tuple) else (results,)
+        # The norm of the tokens is the last result, and the only one of some peers.
+        taken = upstreams if len(results) == 3 else upstreams[-1:]
+        inputs = given if len(results) == 3 else [given.x, given.update, given.weight, given.bias]
+        return torch.autograd.grad(results, inputs, taken)
+
+    return both
+
+
+def constants_of(compressed: PMVisionTransformer, dtype: torch.dtype, device: str) -> Constants:
+    folded = compressed.transitions()[BLOCK]
+    by_column = type(folded.by_column)(*(indices.to(device) for indices in folded.by_column))
+    folded = SparseRows(
+        folded.starts.to(device), folded.columns.to(device), folded.values.detach().to(device, dtype), by_column
+    )
+    plan = compressed.plan
+    return Constants(
+        folded,
+        plan.tokens[BLOCK],
+        plan.merge_matrix(BLOCK).to(device, dtype),
+        plan.reconstruct_matrix(BLOCK - 1).to(device, dtype),
+        (1 - plan.token_mask(BLOCK - 1)).to(device, dtype),
+    )
+
+
+def measure(compressed: PMVisionTransformer, case: str, device: str, machine: dict) -> dict:
+    """One record."""
+    batch, dtype = (256, torch.bfloat16) if device == "cuda" else (8, torch.float32)
+    constants = constants_of(compressed, dtype, device)
+    tokens, rows = compressed.plan.tokens[BLOCK - 1], len(constants.folded.starts)
+    state = len(constants.folded.by_column.starts)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    values = constants.folded.values
+    if case.endswith("dense"):
+        values = random(rows, state) / state**0.5
+    given = Boundary(
+        random(batch, tokens, WIDTH), random(batch, tokens, WIDTH), random(batch, state - tokens, WIDTH), values,
+        random(WIDTH), random(WIDTH),
+    )  # fmt: skip
+    counts = (constants.rows, rows - constants.rows, constants.rows)
+    upstreams = [random(batch, count, WIDTH) for count in counts]
+    few = [tensor[:2] for tensor in upstreams]
+    small = Boundary(*(tensor[:2] for tensor in given[:3]), *given[3:])
+    wide = Boundary(*(tensor.double() for tensor in small))
+    exact = work(case, partial(embedding_bag if "dense" not in case else matmul, case, constants), wide,
+                 [tensor.double() for tensor in few])()  # fmt: skip
+    chosen = {"ours": ours, "matmul": matmul}
+    if not case.endswith("dense"):
+        chosen["embedding_bag"] = embedding_bag
+    if device == "cuda":
+        chosen["matmul_compiled"] = torch.compile(matmul, dynamic=False)
+    functions = {}
+    for name, function in chosen.items():
+        bound = partial(function, case, constants)
+        functions[name] = (work(case, bound, small, few), work(case, bound, given, upstreams))
+    full = random(batch, compressed.plan.num_tokens, WIDTH)
+    others = {
+        "literal": work(case, partial(literal, constants, full), given, upstreams),
+        "ideal": work(case, ideal, given, [random(batch, tokens, WIDTH)]),
+    }
+    moved = 2 * tokens + (state - tokens) + rows + constants.rows
+    product = 2 * (rows * state if case.endswith("dense") else len(values))
+    if case.startswith("backward"):
+        # The gradients of the three results and the state once more are read, the state's gradient is written.
+        moved += rows + constants.rows + tokens + state + state
+        product *= 3
+    size = given.x.element_size()
+    return comparison.record(
+        f"transition/{case}-{str(dtype).removeprefix('torch.')}", "transition", functions, exact, given.x,
+        batch * WIDTH * moved * size, batch * WIDTH * product, machine, others,
+    )  # fmt: skip
+
+
+def main() -> None:
+    compressed = model()
+    counted = traffic(compressed)
+    print(traffic_table(counted) + "\n")
+    comparison.main(__doc__, CASES, partial(measure, compressed), {"traffic": counted})
+
+
+if __name__ == "__main__":
+    main()
