@@ -1,9 +1,9 @@
-"""What a call of fused_merge_attention costs on the CPU, before the GPU has anything to do.
+"""What a call of fused_merge_attention or transition costs on the CPU, before the GPU has anything to do.
 
     python -m bench.call_cost [--output FILE]
 
-A ViT of 12 blocks makes 12 such calls, one after another, and at batch 1 it waits for them. The kernels are compiled
-for sm_90 and launched on a GPU that is not there, so the driver's own share of a launch is not in the figures.
+A ViT of 12 blocks makes 12 such calls of each, one after another, and at batch 1 it waits for them. The kernels are
+compiled for sm_90 and launched on a GPU that is not there, so the driver's own share of a launch is not in the figures.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pm_kernels import fused_merge_attention, fused_merge_attention_qkv
+from pm_kernels import SparseRows, fused_merge_attention, fused_merge_attention_qkv, transition
 from pm_models.files import write_atomically
 from pm_models.report import format_table
 
@@ -37,21 +37,32 @@ def measure() -> dict[str, float]:
     # One token, so that PyTorch's own attention has nothing to compute either.
     one = [x[:, :, :1] for x in (q, k, v)]
     trained = qkv.clone().requires_grad_()
+    x, carried = torch.randn(1, 118, 384, dtype=torch.bfloat16), torch.randn(1, 19, 384, dtype=torch.bfloat16)
+    matrix, norm = (
+        SparseRows.from_dense(torch.eye(137, dtype=torch.bfloat16)),
+        (torch.ones(384), torch.zeros(384), 1e-6),
+    )
+    trained_x = x.clone().requires_grad_()
     with stand_in(), torch.inference_mode():
         costs = {
             "fused_merge_attention": microseconds(lambda: fused_merge_attention(q, k, v)),
             "fused_merge_attention, gate": microseconds(lambda: fused_merge_attention(q, k, v, gate=gate)),
             "fused_merge_attention, merge": microseconds(lambda: fused_merge_attention(q, k, v, merge)),
             "fused_merge_attention_qkv": microseconds(lambda: fused_merge_attention_qkv(qkv)),
+            "transition": microseconds(lambda: transition(x, carried, matrix, 118, update=x, norm=norm)),
         }
     with stand_in(), torch.enable_grad():
         costs["fused_merge_attention_qkv, recorded for backward"] = microseconds(
             lambda: fused_merge_attention_qkv(trained)
         )
+        costs["transition, recorded for backward"] = microseconds(
+            lambda: transition(trained_x, carried, matrix, 118, update=x, norm=norm)
+        )
     with torch.inference_mode():
         costs["scaled_dot_product_attention of one token, on the CPU"] = microseconds(
             lambda: F.scaled_dot_product_attention(*one)
         )
+        costs["layer_norm of one token, on the CPU"] = microseconds(lambda: F.layer_norm(x[:, :1], (384,), *norm[:2]))
     return costs
 
 
@@ -62,7 +73,9 @@ def main() -> None:
     costs = measure()
     print(format_table([("case", "microseconds"), *((name, f"{value:.1f}") for name, value in costs.items())]))
     if options.output is not None:
-        records = [{"case": f"call_cost/{name}", "op": "attention", "ours_us": value} for name, value in costs.items()]
+        records = [
+            {"case": f"call_cost/{name}", "op": name.split(",")[0], "ours_us": value} for name, value in costs.items()
+        ]
         write_atomically(options.output, (json.dumps({**describe(), "records": records}, indent=2) + "\n").encode())
 
 

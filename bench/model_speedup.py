@@ -1,14 +1,16 @@
-"""Whole-model inference on a CPU: compressed against dense, literal and ideal, alternated in one process.
+"""Whole models on a CPU: compressed against dense, literal and ideal, alternated in one process.
 
     python -m bench.model_speedup [--model deit_small_patch16_224] [--rounds 10]
 
-Writes ``bench/results/cpu/model_speedup.json`` and prints a table of ratios.
+Inference, and a training step's forward and backward with the activation memory that it takes. Writes
+``bench/results/cpu/model_speedup.json`` and prints a table of ratios.
 """
 
 import argparse
 import contextlib
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +20,19 @@ from pm_models.measure import alternate, count_gmacs
 from pm_models.report import format_table
 
 from .machine import describe
+from .memory import activation_bytes
 from .models import KEEP_RATE, PRUNE_RATE, compared_models
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "model_speedup.json"
-CASES = ((1, "float32"), (1, "bfloat16"), (8, "float32"), (32, "float32"), (32, "bfloat16"))
+CASES = (
+    ("inference", 1, "float32"),
+    ("inference", 1, "bfloat16"),
+    ("inference", 8, "float32"),
+    ("inference", 32, "float32"),
+    ("inference", 32, "bfloat16"),
+    ("train", 8, "float32"),
+    ("train", 8, "bfloat16"),
+)
 
 
 def main() -> None:
@@ -36,13 +47,14 @@ def main() -> None:
     gmacs = {name: count_gmacs(model, size) for name, model in models.items()}
     machine = describe()
     records = []
-    for batch, dtype in CASES:
-        seconds = _measure(models, torch.randn(batch, *size), dtype, rounds=options.rounds * (4 if batch == 1 else 1))
+    for mode, batch, dtype in CASES:
+        images, rounds = torch.randn(batch, *size), options.rounds * (4 if batch == 1 else 1)
+        seconds = _measure(models, images, mode, dtype, rounds)
         milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-        flops = 2e9 * gmacs["folded"] * batch
+        flops = 2e9 * gmacs["folded"] * batch * (3 if mode == "train" else 1)
         records.append(
             {
-                "case": f"{options.model.split('_patch')[0]}/inference/b{batch}-{dtype}",
+                "case": f"{options.model.split('_patch')[0]}/{mode}/b{batch}-{dtype}",
                 "op": "model",
                 "shape": [batch, *size],
                 "dtype": dtype,
@@ -53,6 +65,7 @@ def main() -> None:
                 "spread_ms": {name: 1e3 * (max(times) - min(times)) for name, times in seconds.items()},
                 "gmacs": gmacs,
                 "flops": flops,
+                "memory": _memory(models, images, dtype) if mode == "train" else {},
                 "roofline_ms": flops / machine["matmul_tflops"][dtype] / 1e9,
             }
         )
@@ -62,18 +75,40 @@ def main() -> None:
 
 
 def _measure(
-    models: dict[str, torch.nn.Module], images: torch.Tensor, dtype: str, rounds: int
+    models: dict[str, torch.nn.Module], images: torch.Tensor, mode: str, dtype: str, rounds: int
 ) -> dict[str, list[float]]:
-    autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-    with torch.inference_mode(), autocast:
-        calls = {name: (lambda model=model: model(images)) for name, model in models.items()}
-        return alternate(calls, rounds, synchronize=False)
+    """Seconds of each model's calls."""
+
+    def infer(model: torch.nn.Module) -> None:
+        with torch.inference_mode(), _autocast(dtype):
+            model(images)
+
+    def train(model: torch.nn.Module) -> None:
+        model.zero_grad()
+        with _autocast(dtype):
+            loss = model(images).float().square().mean()
+        loss.backward()
+
+    for model in models.values():
+        model.train(mode == "train")
+    call = train if mode == "train" else infer
+    return alternate({name: partial(call, model) for name, model in models.items()}, rounds, synchronize=False)
+
+
+def _memory(models: dict[str, torch.nn.Module], images: torch.Tensor, dtype: str) -> dict[str, int]:
+    """Bytes of activations that each model's training step takes."""
+    with _autocast(dtype):
+        return {name: activation_bytes(model, images) for name, model in models.items()}
+
+
+def _autocast(dtype: str) -> contextlib.AbstractContextManager:
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
 def _table(records: list[dict]) -> str:
-    rows = [("case", "images/s", "x dense", "x literal", "x ideal", "ideal x dense")]
+    rows = [("case", "images/s", "x dense", "x literal", "x ideal", "ideal x dense", "memory / dense")]
     for record in records:
-        ours, peers = record["ours_ms"], record["peers"]
+        ours, peers, memory = record["ours_ms"], record["peers"], record["memory"]
         rows.append(
             (
                 record["case"],
@@ -82,6 +117,7 @@ def _table(records: list[dict]) -> str:
                 f"{peers['literal'] / ours:.3f}",
                 f"{peers['ideal'] / ours:.3f}",
                 f"{peers['dense_eager'] / peers['ideal']:.3f}",
+                f"{memory['folded'] / memory['dense_eager']:.3f}" if memory else "",
             )
         )
     return format_table(rows)

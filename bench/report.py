@@ -12,16 +12,17 @@ _START, _END = "<!-- table: bench/results/cpu/model_speedup.json -->\n", "<!-- e
 
 
 def speedup_table(results: dict) -> str:
-    """Markdown: throughput of the compressed model and its ratio to each peer."""
+    """Markdown: throughput of the compressed model and its ratio to each peer, and in training its memory."""
     lines = [
-        "| batch | precision | images/s | to dense | to literal | to ideal |",
-        "|---:|---|---:|---:|---:|---:|",
+        "| | batch | precision | images/s | to dense | to literal | to ideal | memory to dense |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for record in results["records"]:
-        ours, peers = record["ours_ms"], record["peers"]
+        ours, peers, memory = record["ours_ms"], record["peers"], record["memory"]
         ratios = " | ".join(f"{peers[name] / ours:.2f}x" for name in ("dense_eager", "literal", "ideal"))
-        batch = record["shape"][0]
-        lines.append(f"| {batch} | {record['dtype']} | {1e3 * batch / ours:.0f} | {ratios} |")
+        batch, mode = record["shape"][0], record["case"].split("/")[1]
+        share = f"{memory['folded'] / memory['dense_eager']:.2f}x" if memory else ""
+        lines.append(f"| {mode} | {batch} | {record['dtype']} | {1e3 * batch / ours:.0f} | {ratios} | {share} |")
     lines.append("")
     lines.append(
         f"{results['device']}, {results['threads']} threads, torch {results['torch']}, timm {results['timm']}, "
