@@ -1,10 +1,7 @@
 """fused_merge_attention beside PyTorch's attention: forward, with its backward and scores, and with a merge.
 
-    python -m bench.attention [--output FILE]
-
-On a GPU: device time at batch 256 in bfloat16, the cache flushed before each call, against the flash, memory-efficient
-and cuDNN backends and FlexAttention. On a CPU: batch 8 in float32, calls alternated, against PyTorch's attention and
-attention with the attention matrix in memory. Every output is compared with float64 before anything is timed.
+On a GPU at batch 256 in bfloat16, against the flash, memory-efficient and cuDNN backends and FlexAttention. On a CPU at
+batch 8 in float32, against PyTorch's attention and attention with the attention matrix in memory.
 """
 
 from collections.abc import Callable
@@ -34,6 +31,10 @@ class Case(NamedTuple):
     kind: str
     tokens: int
     merged: int | None = None
+
+    def __str__(self) -> str:
+        kind = "merge_attention" if self.kind == "merge" else f"attention_{self.kind}"
+        return f"{kind}/n{self.tokens}" + (f"-c{self.merged}" if self.merged else "")
 
 
 CASES = (
@@ -119,22 +120,21 @@ def measure(case: Case, device: str, machine: dict) -> dict:
     wide = [None if x is None else x.double() for x in (qkv[:2], merge, upstream[:2])]
     exact = work(case, partial(pytorch, with_matrix), *wide)()
     exact = exact if isinstance(exact, tuple) else (exact,)
-    functions = {
-        name: (work(case, function, qkv[:2], merge, upstream[:2]), work(case, function, qkv, merge, upstream))
-        for name, function in {"ours": ours, **peers(device)}.items()
-    }
-    precision = str(dtype).removeprefix("torch.")
-    name = "merge_attention" if case.kind == "merge" else f"attention_{case.kind}"
-    case_name = "-".join([f"{name}/n{case.tokens}", *([f"c{case.merged}"] if case.merged else []), precision])
+    functions = {"ours": ours, **peers(device)}
+    small = {name: work(case, function, qkv[:2], merge, upstream[:2]) for name, function in functions.items()}
+    calls = {name: work(case, function, qkv, merge, upstream) for name, function in functions.items()}
     moved, flops = counted(case, batch, qkv.element_size())
-    return comparison.record(case_name, "attention", functions, exact, qkv, moved, flops, machine)
+    found = comparison.errors(small, exact)
+    name = f"{case}-{str(dtype).removeprefix('torch.')}"
+    return comparison.record(name, "attention", calls, qkv, moved, flops, machine, errors=found)
 
 
-def main() -> None:
-    """Cases of which a CPU takes minutes are left to a GPU."""
-    cases = [case for case in CASES if torch.cuda.is_available() or case.tokens <= 1000]
-    comparison.main(__doc__, cases, measure)
+def cases(device: str, full: bool) -> list[Case]:
+    """Those that every machine runs, or all. A CPU takes minutes for the longest ones."""
+    longest = {("cuda", True): 4096, ("cuda", False): 1601, ("cpu", True): 577}.get((device, full), 197)
+    return [case for case in CASES if case.tokens <= longest]
 
 
-if __name__ == "__main__":
-    main()
+def names(case: Case, device: str) -> list[str]:
+    """Ours and the peers."""
+    return ["ours", *peers(device)]

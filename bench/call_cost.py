@@ -7,7 +7,6 @@ compiled for sm_90 and launched on a GPU that is not there, so the driver's own 
 """
 
 import argparse
-import json
 import timeit
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from pm_kernels import SparseRows, fused_merge_attention, fused_merge_attention_qkv, transition
-from pm_models.files import write_atomically
 from pm_models.report import format_table
 
+from . import results
 from .machine import describe
 from .stand_in import stand_in
 
@@ -76,7 +75,7 @@ def main() -> None:
         records = [
             {"case": f"call_cost/{name}", "op": name.split(",")[0], "ours_us": value} for name, value in costs.items()
         ]
-        write_atomically(options.output, (json.dumps({**describe(), "records": records}, indent=2) + "\n").encode())
+        results.write(options.output, describe(), records)
 
 
 if __name__ == "__main__":

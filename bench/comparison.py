@@ -1,20 +1,13 @@
-"""An op beside its peers: errors against float64, times of the same run, and the floor that bytes and FLOPs set."""
+"""An op or a model beside its peers: errors against float64, times of one run, and the floor by bytes and FLOPs."""
 
-import argparse
-import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from pm_models.files import write_atomically
 from pm_models.measure import alternate
-from pm_models.report import format_table
-
-from .machine import describe
 
 Call = Callable[[], object]
 
@@ -22,104 +15,90 @@ Call = Callable[[], object]
 def record(
     case: str,
     op: str,
-    functions: Mapping[str, tuple[Call, Call]],
-    exact: tuple[Tensor, ...],
+    calls: Mapping[str, Call],
     like: Tensor,
     moved: int,
-    flops: int,
+    flops: float,
     machine: dict,
-    others: Mapping[str, Call] | None = None,
+    *,
+    rounds: int = 50,
+    **facts: object,
 ) -> dict:
-    """One case: ``functions``, ``ours`` and the peers, each on the inputs of ``exact`` and on all.
+    """One case: the times of ``ours`` and of the peers. A peer that cannot run here is left out.
 
     Args:
         case: its name.
         op: the op's name.
-        functions: what is compared with ``exact``, and what is timed.
-        exact: the results in float64.
+        calls: what is timed, by name.
         like: the input whose shape and dtype are recorded.
         moved: bytes that must move.
         flops: floating-point operations that must be done.
         machine: what :func:`bench.machine.describe` measured.
-        others: what is timed beside them and computes something else.
+        rounds: how often each is called on a CPU.
+        facts: further entries of the record.
+
+    Returns:
+        The record as it is written, and under ``times_ms`` all times, which are not.
     """
-    errors, runnable = {}, {}
-    for name, (small, whole) in functions.items():
+    runnable = {}
+    for name, call in calls.items():
         try:
-            errors[name] = _error(small, exact)
-            whole()
-            runnable[name] = whole
+            call()
+            runnable[name] = call
         except (RuntimeError, torch.OutOfMemoryError) as problem:
             print(f"{case}: {name} cannot run: {str(problem).splitlines()[0]}")
-    seconds = _timed(runnable | dict(others or {}), like.is_cuda)
-    milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-    precision = str(like.dtype).removeprefix("torch.")
+    times = _timed(runnable, like.is_cuda, rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    precision = str(facts.pop("dtype", like.dtype)).removeprefix("torch.")
+    rate = machine["matmul_tflops"][precision]
     return {
         "case": case,
         "op": op,
         "shape": list(like.shape),
         "dtype": precision,
-        "ours_ms": milliseconds.pop("ours"),
-        "peers": milliseconds,
-        "spread_ms": {name: 1e3 * (max(times) - min(times)) for name, times in seconds.items()},
-        "errors": errors,
+        "ours_ms": medians["ours"],
+        "peers": {name: value for name, value in medians.items() if name != "ours"},
+        "spread_ms": {name: max(values) - min(values) for name, values in times.items()},
+        "call_ms": {name: _call_ms(call) for name, call in runnable.items()} if like.is_cuda else medians,
         "bytes": moved,
         "flops": flops,
-        "roofline_ms": max(moved / machine["copy_gbps"] / 1e6, flops / machine["matmul_tflops"][precision] / 1e9),
+        "roofline_ms": max(moved / machine["copy_gbps"] / 1e6, flops / rate / 1e9),
+        **facts,
+        "times_ms": times,
     }
 
 
-def _error(function: Call, exact: tuple[Tensor, ...]) -> float:
-    """The largest relative error of any result."""
-    results = function()
-    results = results if isinstance(results, tuple) else (results,)
-    return max(
-        ((result.double() - value).norm() / value.norm()).item() for result, value in zip(results, exact, strict=True)
-    )
+def errors(calls: Mapping[str, Call], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """The largest relative error of any result of each call that can run, against ``exact`` in float64."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            results = call()
+        except (RuntimeError, torch.OutOfMemoryError):
+            continue
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = zip(results, exact, strict=True)
+        found[name] = max(((result.double() - value).norm() / value.norm()).item() for result, value in pairs)
+    return found
 
 
-def _timed(functions: dict[str, Call], cuda: bool) -> dict[str, list[float]]:
-    """Seconds of each call: on a GPU device time, with the cache flushed before each."""
+def _timed(calls: dict[str, Call], cuda: bool, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call: on a GPU device time, with the cache flushed before each."""
     if not cuda:
-        return alternate(functions, 10, synchronize=False)
+        seconds = alternate(calls, rounds, synchronize=False)
+        return {name: [1e3 * value for value in values] for name, values in seconds.items()}
     from triton.testing import do_bench
 
-    return {
-        name: [1e-3 * time for time in do_bench(function, warmup=50, rep=200, return_mode="all")]
-        for name, function in functions.items()
-    }
+    return {name: do_bench(call, warmup=50, rep=200, return_mode="all") for name, call in calls.items()}
 
 
-def rows(records: list[dict]) -> Iterator[tuple[str, ...]]:
-    """The table that is printed."""
-    yield "case", "ms", "of the floor", "fastest peer", "x it", "error x its"
-    for record in records:
-        ours_ms, others = record["ours_ms"], record["peers"]
-        best = min((name for name in others if name in record["errors"]), key=others.get)
-        yield (
-            record["case"],
-            f"{ours_ms:.3f}",
-            f"{record['roofline_ms'] / ours_ms:.0%}",
-            best,
-            f"{others[best] / ours_ms:.2f}",
-            f"{record['errors']['ours'] / record['errors'][best]:.2f}",
-        )
-
-
-def main(
-    description: str, cases: Iterable[Any], measure: Callable[[Any, str, dict], dict], facts: dict | None = None
-) -> None:
-    """Measure the cases, print them as they come, and write all of them so far to a file where one is asked for."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=None, help="write the records to a JSON file")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = describe(device)
-    records = []
-    for case in cases:
-        records.append(measure(case, device, machine))
-        print(format_table(list(rows(records))).splitlines()[-1], flush=True)
-        if options.output is not None:
-            content = json.dumps({**machine, **(facts or {}), "records": records}, indent=2) + "\n"
-            write_atomically(options.output, content.encode())
-    print("\n" + format_table(list(rows(records))))
+def _call_ms(call: Call) -> float:
+    """The median of what a caller waits for one call on a GPU, its launches included."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

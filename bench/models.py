@@ -1,6 +1,7 @@
-"""The models that a benchmark compares: the same weights dense, compressed in both executions, and ideal."""
+"""The models that a benchmark compares: the same weights dense, compressed in both executions, ideal, and the peers."""
 
 import copy
+from typing import NamedTuple
 
 import timm
 import torch
@@ -8,8 +9,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pm_models import CompressionPlan, compress
+from pm_models.measure import count_gmacs
+
+from .peers import dynamic_vit, evit, matched, tome
 
 KEEP_RATE, PRUNE_RATE = 0.6, 0.1
+RATES = [percent / 100 for percent in range(20, 101)]
 
 
 class FirstTokens(nn.Module):
@@ -23,8 +28,19 @@ class FirstTokens(nn.Module):
         return x[:, : self.tokens].contiguous()
 
 
-def compared_models(name: str) -> dict[str, VisionTransformer]:
-    """``dense_eager``, ``folded``, ``literal`` and ``ideal``, in evaluation mode, on random scores.
+class Compared(NamedTuple):
+    """Models by name, their GMACs of one image, and the settings of those that were matched to ours."""
+
+    models: dict[str, VisionTransformer]
+    gmacs: dict[str, float]
+    settings: dict[str, float]
+
+    def to(self, device: str) -> "Compared":
+        return self._replace(models={name: model.to(device) for name, model in self.models.items()})
+
+
+def compared_models(name: str) -> Compared:
+    """``ours``, ``dense_eager``, ``literal``, ``ideal``, ``tome``, ``evit`` and ``dynamicvit``, on random scores.
 
     ``ideal`` is the dense model on its first C tokens, with C the mean of the compressed model's tokens per block.
     """
@@ -33,8 +49,15 @@ def compared_models(name: str) -> dict[str, VisionTransformer]:
     grid = tuple(dense.patch_embed.grid_size)
     scores = torch.rand(len(dense.blocks), grid[0] * grid[1])
     plan = CompressionPlan.from_scores(scores, grid, KEEP_RATE, PRUNE_RATE, num_prefix_tokens=dense.num_prefix_tokens)
-    folded, literal = compress(dense, plan), compress(dense, plan)
+    ours, literal, ideal = compress(dense, plan), compress(dense, plan), copy.deepcopy(dense)
     literal.execution = "literal"
-    ideal = copy.deepcopy(dense)
     ideal.patch_drop = FirstTokens(round(sum(plan.tokens) / plan.depth))
-    return {"dense_eager": dense, "folded": folded, "literal": literal, "ideal": ideal}
+    models = {"ours": ours, "dense_eager": dense, "literal": literal, "ideal": ideal}
+    size = (3, *dense.patch_embed.img_size)
+    gmacs = {name: count_gmacs(model, size) for name, model in models.items()}
+    merged = list(range(1, 2 * grid[0] * grid[1] // len(dense.blocks)))
+    settings = {}
+    for name, make, tried in (("tome", tome, merged), ("evit", evit, RATES), ("dynamicvit", dynamic_vit, RATES)):
+        models[name], settings[name] = matched(make, dense, tried, gmacs["ours"])
+        gmacs[name] = count_gmacs(models[name], size)
+    return Compared(models, gmacs, settings)

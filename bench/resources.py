@@ -11,7 +11,6 @@ import argparse
 import collections
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -24,9 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from pm_models.files import write_atomically
-
-from . import machine
+from . import results
 
 HEAD_WIDTHS = (16, 32, 64, 80, 128)  # 96 is compiled as 80 is
 WIDTHS = (192, 384, 768, 1024, 1280, 1664)
@@ -303,8 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     spilled = [record for record in records if record["stack"]]
     print(f"{len(records)} kernels compiled, {len(spilled)} with a stack")
     if chosen.output is not None:
-        content = json.dumps({**machine.versions(), "records": records}, indent=1) + "\n"
-        write_atomically(chosen.output, content.encode())
+        results.write(chosen.output, {}, records)
     return 0
 
 

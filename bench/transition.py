@@ -1,14 +1,15 @@
 """A transition of deit_small at keep rate 0.6, prune rate 0.1, with the norm after it, beside what else does the same.
 
-    python -m bench.transition [--output FILE]
+    python -m bench.transition
 
-First the memory traffic of every boundary between two blocks, counted from its matrix. Then the time of a boundary in
+prints the memory traffic of every boundary between two blocks, counted from its matrix. The suite times a boundary in
 the middle: the mix with the sum before it and the LayerNorm after it, forward, and with its backward. Peers are the
 paper's equations one by one (``literal``), the folded matrix as a product and a norm of PyTorch (``matmul``), the same
 compiled, and PyTorch's embedding bag; ``ideal`` is the sum and the norm alone, which a plain ViT has to do too.
 On a GPU at batch 256 in bfloat16, on a CPU at batch 8 in float32.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -52,7 +53,8 @@ class Constants(NamedTuple):
     pruned: Tensor  # (N,), 1 where the block before the boundary did not compute a token
 
 
-def model() -> PMVisionTransformer:
+@functools.cache
+def compressed_model() -> PMVisionTransformer:
     torch.manual_seed(0)
     dense = timm.create_model("deit_small_patch16_224")
     plan = CompressionPlan.from_scores(torch.rand(12, 196), (14, 14), KEEP_RATE, PRUNE_RATE)
@@ -168,8 +170,9 @@ def constants_of(compressed: PMVisionTransformer, dtype: torch.dtype, device: st
     )
 
 
-def measure(compressed: PMVisionTransformer, case: str, device: str, machine: dict) -> dict:
+def measure(case: str, device: str, machine: dict) -> dict:
     """One record."""
+    compressed = compressed_model()
     batch, dtype = (256, torch.bfloat16) if device == "cuda" else (8, torch.float32)
     constants = constants_of(compressed, dtype, device)
     tokens, rows = compressed.plan.tokens[BLOCK - 1], len(constants.folded.starts)
@@ -197,34 +200,39 @@ def measure(compressed: PMVisionTransformer, case: str, device: str, machine: di
         chosen["embedding_bag"] = embedding_bag
     if device == "cuda":
         chosen["matmul_compiled"] = torch.compile(matmul, dynamic=False)
-    functions = {}
-    for name, function in chosen.items():
-        bound = partial(function, case, constants)
-        functions[name] = (work(case, bound, small, few), work(case, bound, given, upstreams))
+    bound = {name: partial(function, case, constants) for name, function in chosen.items()}
+    found = comparison.errors({name: work(case, function, small, few) for name, function in bound.items()}, exact)
+    calls = {name: work(case, function, given, upstreams) for name, function in bound.items()}
     full = random(batch, compressed.plan.num_tokens, WIDTH)
-    others = {
-        "literal": work(case, partial(literal, constants, full), given, upstreams),
-        "ideal": work(case, ideal, given, [random(batch, tokens, WIDTH)]),
-    }
+    calls["literal"] = work(case, partial(literal, constants, full), given, upstreams)
+    calls["ideal"] = work(case, ideal, given, [random(batch, tokens, WIDTH)])
     moved = 2 * tokens + (state - tokens) + rows + constants.rows
     product = 2 * (rows * state if case.endswith("dense") else len(values))
     if case.startswith("backward"):
         # The gradients of the three results and the state once more are read, the state's gradient is written.
         moved += rows + constants.rows + tokens + state + state
         product *= 3
-    size = given.x.element_size()
-    return comparison.record(
-        f"transition/{case}-{str(dtype).removeprefix('torch.')}", "transition", functions, exact, given.x,
-        batch * WIDTH * moved * size, batch * WIDTH * product, machine, others,
-    )  # fmt: skip
+    name = f"transition/{case}-{str(dtype).removeprefix('torch.')}"
+    moved *= batch * WIDTH * given.x.element_size()
+    return comparison.record(name, "transition", calls, given.x, moved, batch * WIDTH * product, machine, errors=found)
 
 
-def main() -> None:
-    compressed = model()
-    counted = traffic(compressed)
-    print(traffic_table(counted) + "\n")
-    comparison.main(__doc__, CASES, partial(measure, compressed), {"traffic": counted})
+def cases(device: str, full: bool) -> list[str]:
+    """All, everywhere."""
+    return list(CASES)
+
+
+def names(case: str, device: str) -> list[str]:
+    """Ours and the peers."""
+    others = [] if case.endswith("dense") else ["embedding_bag"]
+    compiled = ["matmul_compiled"] if device == "cuda" else []
+    return ["ours", "matmul", *others, *compiled, "literal", "ideal"]
+
+
+def facts() -> dict:
+    """What stands in the result file beside the records."""
+    return {"traffic": traffic(compressed_model())}
 
 
 if __name__ == "__main__":
-    main()
+    print(traffic_table(traffic(compressed_model())))

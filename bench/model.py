@@ -1,0 +1,140 @@
+"""Whole models: compressed against dense, literal, ideal, ToMe, EViT and DynamicViT, on one set of weights.
+
+Keep rate 0.6, prune rate 0.1 on random scores; the peers' own settings are such that their GMACs come closest to ours.
+Inference, and a training step's forward and backward with the activation memory that it takes. On a GPU, in bfloat16,
+``ours`` and every peer but ``dense_eager`` are compiled; on a CPU none is.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from . import comparison
+from .memory import activation_bytes
+from .models import KEEP_RATE, PRUNE_RATE, Compared, compared_models
+
+SMALL, TINY, BASE = "deit_small_patch16_224", "deit_tiny_patch16_224", "deit_base_patch16_224"
+BASE_384 = "vit_base_patch16_384"
+
+
+class Case(NamedTuple):
+    """One measurement: ``mode`` inference or train."""
+
+    model: str
+    mode: str
+    batch: int
+    dtype: str
+
+    def __str__(self) -> str:
+        resolution = "-384" if self.model.endswith("384") else ""
+        precision = {"bfloat16": "bf16", "float32": "f32"}[self.dtype]
+        return f"{self.model.split('_patch')[0]}{resolution}/{self.mode}/b{self.batch}-{precision}"
+
+
+QUICK = {
+    "cpu": [
+        Case(SMALL, "inference", 1, "float32"),
+        Case(SMALL, "inference", 1, "bfloat16"),
+        Case(SMALL, "inference", 8, "float32"),
+        Case(SMALL, "inference", 32, "float32"),
+        Case(SMALL, "inference", 32, "bfloat16"),
+        Case(SMALL, "train", 8, "float32"),
+        Case(SMALL, "train", 8, "bfloat16"),
+    ],
+    "cuda": [
+        Case(SMALL, "inference", 1, "bfloat16"),
+        Case(SMALL, "inference", 256, "bfloat16"),
+        Case(SMALL, "train", 256, "bfloat16"),
+    ],
+}
+FULL = {
+    "cpu": [Case(name, mode, 8, "float32") for name in (TINY, BASE) for mode in ("inference", "train")],
+    "cuda": [
+        *(Case(SMALL, mode, batch, "bfloat16") for mode, batch in (("inference", 32), ("train", 32))),
+        *(
+            Case(name, mode, batch, "bfloat16")
+            for name in (TINY, BASE, BASE_384)
+            for mode, batches in (("inference", (1, 32, 256)), ("train", (32, 256 if name != BASE_384 else 64)))
+            for batch in batches
+        ),
+    ],
+}
+PEERS = ("dense_eager", "literal", "ideal", "tome", "evit")
+
+
+def cases(device: str, full: bool) -> list[Case]:
+    """Those of every day, or all."""
+    return QUICK[device] + (FULL[device] if full else [])
+
+
+def names(case: Case, device: str) -> list[str]:
+    """Ours and the peers. DynamicViT trains on all tokens, masked, so that there it has nothing to show."""
+    compiled = ["ours_eager", "dense_compiled", "dense_autotuned"] if device == "cuda" else []
+    return ["ours", *compiled, *PEERS, *(["dynamicvit"] if case.mode == "inference" else [])]
+
+
+@functools.lru_cache(maxsize=1)
+def compared(name: str, device: str) -> Compared:
+    """The last model's peers stay, as its cases come one after another."""
+    return compared_models(name).to(device)
+
+
+def measure(case: Case, device: str, machine: dict) -> dict:
+    """One record."""
+    torch.compiler.reset()
+    images = torch.randn(case.batch, 3, *timm.get_pretrained_cfg(case.model).input_size[1:], device=device)
+    found = compared(case.model, device)
+    chosen = {
+        name: _prepared(found.models[_weights(name)].train(case.mode == "train"), name, device)
+        for name in names(case, device)
+    }
+    call = partial(_train if case.mode == "train" else _infer, device=device, dtype=case.dtype, images=images)
+    rounds = {1: 40, 8: 12}.get(case.batch, 8)
+    flops = 2e9 * found.gmacs["ours"] * case.batch * (3 if case.mode == "train" else 1)
+    return comparison.record(
+        str(case), "model", {name: partial(call, model) for name, model in chosen.items()}, images, 0, flops, machine,
+        rounds=rounds, dtype=case.dtype, keep_rate=KEEP_RATE, prune_rate=PRUNE_RATE, gmacs=found.gmacs,
+        settings=found.settings,
+        memory=_memory(chosen, images, device, case.dtype) if case.mode == "train" else {},
+    )  # fmt: skip
+
+
+def _weights(name: str) -> str:
+    """The model that runs under a name."""
+    return {"dense_compiled": "dense_eager", "dense_autotuned": "dense_eager", "ours_eager": "ours"}.get(name, name)
+
+
+def _prepared(model: nn.Module, name: str, device: str) -> Callable[[Tensor], Tensor]:
+    if device == "cpu" or name.endswith("eager"):
+        return model
+    mode = "max-autotune" if name in ("dense_autotuned", "ours") else None
+    return torch.compile(model, mode=mode, fullgraph=name in ("ours", "dense_autotuned", "dense_compiled"))
+
+
+def _infer(model: Callable[[Tensor], Tensor], images: Tensor, device: str, dtype: str) -> None:
+    with torch.inference_mode(), _autocast(device, dtype):
+        model(images)
+
+
+def _train(model: Callable[[Tensor], Tensor], images: Tensor, device: str, dtype: str) -> None:
+    with _autocast(device, dtype):
+        loss = model(images).float().square().mean()
+    loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _memory(models: dict[str, Callable[[Tensor], Tensor]], images: Tensor, device: str, dtype: str) -> dict[str, int]:
+    """Bytes of activations that each model's training step takes."""
+    with _autocast(device, dtype):
+        return {name: activation_bytes(model, images) for name, model in models.items()}
+
+
+def _autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
