@@ -1,47 +1,212 @@
-"""Tables from result files, and the README's table from them.
+"""Tables and plots from the result files, and the README's table.
 
-python -m bench.report        # rewrites the README's table
+    python -m bench.report
+
+rewrites bench/results/README.md, the plots beside the result files, and the table of the README. A file that was edited
+after it was written, or measured on other kernels than these, is said to be so.
 """
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from . import results
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "cpu" / "model_speedup.json"
-_START, _END = "<!-- table: bench/results/cpu/model_speedup.json -->\n", "<!-- end -->"
+README = ROOT / "README.md"
+MODEL_PEERS = ("dense_autotuned", "dense_eager", "literal", "ideal", "tome", "evit", "dynamicvit")
+_START, _END = "<!-- table of bench/results -->\n", "<!-- end -->"
 
 
-def speedup_table(results: dict) -> str:
+def devices(folder: Path = results.FOLDER) -> list[Path]:
+    """The folders of results, GPUs first."""
+    found = [path for path in folder.iterdir() if (path / "model.json").exists()]
+    return sorted(found, key=lambda path: (path.name == "cpu", path.name))
+
+
+def model_table(content: dict) -> str:
     """Markdown: throughput of the compressed model and its ratio to each peer, and in training its memory."""
+    peers = [peer for peer in MODEL_PEERS if any(peer in record["peers"] for record in content["records"])]
     lines = [
-        "| | batch | precision | images/s | to dense | to literal | to ideal | memory to dense |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
+        "| case | images/s | " + " | ".join(f"to {peer}" for peer in peers) + " | memory to dense |",
+        "|---|" + "---:|" * (len(peers) + 2),
     ]
-    for record in results["records"]:
-        ours, peers, memory = record["ours_ms"], record["peers"], record["memory"]
-        ratios = " | ".join(f"{peers[name] / ours:.2f}x" for name in ("dense_eager", "literal", "ideal"))
-        batch, mode = record["shape"][0], record["case"].split("/")[1]
-        share = f"{memory['folded'] / memory['dense_eager']:.2f}x" if memory else ""
-        lines.append(f"| {mode} | {batch} | {record['dtype']} | {1e3 * batch / ours:.0f} | {ratios} | {share} |")
-    lines.append("")
-    lines.append(
-        f"{results['device']}, {results['threads']} threads, torch {results['torch']}, timm {results['timm']}, "
-        f"{results['date'][:10]}."
-    )
+    for record in content["records"]:
+        ours, memory = record["ours_ms"], record["memory"]
+        ratios = [f"{record['peers'][peer] / ours:.2f}x" if peer in record["peers"] else "" for peer in peers]
+        share = f"{memory['ours'] / memory['dense_eager']:.2f}x" if memory else ""
+        cells = [record["case"], f"{1e3 * record['shape'][0] / ours:.0f}", *ratios, share]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, results: dict) -> str:
-    """The README's text with its table made from ``results``."""
+def op_table(content: dict) -> str:
+    """Markdown: each case's time, its share of the floor, the fastest peer, and the errors."""
+    lines = [
+        "| case | ms | floor, ms | of the floor | fastest peer | its ms | ratio | error to its |",
+        "|---|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    for record in content["records"]:
+        ours, floor, errors = record["ours_ms"], record["roofline_ms"], record["errors"]
+        peers = {peer: value for peer, value in record["peers"].items() if peer in errors}
+        best = min(peers, key=peers.get)
+        cells = [
+            record["case"], f"{ours:.3f}", f"{floor:.3f}", f"{floor / ours:.0%}", best, f"{peers[best]:.3f}",
+            f"{peers[best] / ours:.2f}x", f"{errors['ours'] / errors[best]:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def traffic_table(content: dict) -> str:
+    """Markdown: rows that each transition moves, per image, and the fewest that it could."""
+    lines = ["| boundary | state | rows | nonzeros | moved | least | ratio |", "|---:|" + "---:|" * 6]
+    for record in content["traffic"]:
+        moved, least = record["moved_rows"], record["least_rows"]
+        names = ("boundary", "state", "rows", "nonzeros")
+        cells = [*(str(record[name]) for name in names), f"{moved:.0f}", f"{least}", f"{moved / least:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def origin(content: dict, wrong: str) -> str:
+    """What was measured, when, on what."""
+    facts = [content["device"]]
+    facts += [f"driver {content['driver']}"] if "driver" in content else [f"{content['threads']} threads"]
+    facts += [f"{name} {content[name]}" for name in ("torch", "triton", "timm")]
+    text = f"{', '.join(facts)}, commit {content['commit']}, {content['date'][:10]}."
+    return text + (f" **This file was {wrong}.**" if wrong else "")
+
+
+def readme_block(folder: Path = results.FOLDER) -> str:
+    """The README's table: of a GPU where one was measured, else of the CPU."""
+    first = devices(folder)[0]
+    content, wrong = results.read(first / "model.json")
+    note = "\nNo figure here was measured on a GPU.\n" if first.name == "cpu" else ""
+    return f"{model_table(content)}\n{origin(content, wrong)}\n{note}"
+
+
+def with_table(readme: str, block: str) -> str:
+    """The README's text with its table replaced."""
     before, rest = readme.split(_START)
     _, after = rest.split(_END, 1)
-    return before + _START + speedup_table(results) + _END + after
+    return before + _START + block + _END + after
+
+
+def whole_report(folder: Path) -> str:
+    """Markdown: every table of every device, with its plots."""
+    return "\n".join(
+        ["# Results", "", "Written by `python -m bench.report` from the files beside it.", *_sections(folder)]
+    )
+
+
+def _sections(folder: Path) -> Iterator[str]:
+    for device in devices(folder):
+        yield f"\n## {device.name}"
+        for suite, table in (("model", model_table), ("attention", op_table), ("transition", op_table)):
+            path = device / f"{suite}.json"
+            if not path.exists():
+                continue
+            content, wrong = results.read(path)
+            yield f"\n### {suite}\n\n{origin(content, wrong)}\n\n{table(content)}"
+            if suite == "model":
+                settings = content["records"][0]["settings"]
+                listed = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+                yield f"Settings at which GMACs match ours: {listed} (tome: tokens a block; the others: keep rate).\n"
+            if "traffic" in content:
+                yield f"Rows through memory, per image:\n\n{traffic_table(content)}"
+            for plot in PLOTS:
+                if plot.suite == suite:
+                    yield f"![{plot.title}]({device.name}/{plot.file})\n"
+
+
+class Plot:
+    """A picture of one suite's records."""
+
+    def __init__(self, suite: str, file: str, title: str) -> None:
+        self.suite, self.file, self.title = suite, file, title
+
+    def draw(self, records: list[dict], path: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        getattr(self, f"_{self.file.removesuffix('.png')}")(axes, records)
+        axes.set_title(self.title)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+    @staticmethod
+    def _speedup(axes: object, records: list[dict]) -> None:
+        peers = [peer for peer in MODEL_PEERS if any(peer in record["peers"] for record in records)]
+        for index, record in enumerate(records):
+            values = [record["peers"].get(peer, 0) / record["ours_ms"] for peer in peers]
+            places = [place + 0.8 * (index / len(records) - 0.5) for place in range(len(peers))]
+            axes.bar(places, values, 0.8 / len(records), align="edge", label=record["case"])
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(peers)), peers)
+        axes.set_ylabel("times as fast as the peer")
+
+    @staticmethod
+    def _throughput(axes: object, records: list[dict]) -> None:
+        kinds = sorted({(record["case"].rsplit("/", 1)[0], record["dtype"]) for record in records})
+        for case, dtype in kinds:
+            chosen = [r for r in records if r["case"].startswith(case + "/") and r["dtype"] == dtype]
+            batches = [record["shape"][0] for record in chosen]
+            for name, style in (("ours", "o-"), ("dense_eager", "o:")):
+                times = [record["ours_ms"] if name == "ours" else record["peers"][name] for record in chosen]
+                speeds = [1e3 * batch / value for batch, value in zip(batches, times, strict=True)]
+                axes.plot(batches, speeds, style, label=f"{case} {dtype}, {name}")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("batch")
+        axes.set_ylabel("images/s")
+
+    @staticmethod
+    def _tokens(axes: object, records: list[dict]) -> None:
+        chosen = [record for record in records if record["case"].startswith("attention_forward")]
+        names = ["ours", *{name: None for record in chosen for name in record["peers"]}]
+        for name in names:
+            points = [
+                (record["shape"][1], record["ours_ms"] if name == "ours" else record["peers"].get(name))
+                for record in chosen
+            ]
+            points = [point for point in points if point[1] is not None]
+            axes.plot(*zip(*points, strict=True), "o-" if name == "ours" else "o:", label=name)
+        axes.plot([r["shape"][1] for r in chosen], [r["roofline_ms"] for r in chosen], "k--", label="floor")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("ms")
+
+    @staticmethod
+    def _floor(axes: object, records: list[dict]) -> None:
+        names = [record["case"] for record in records]
+        axes.barh(names, [record["roofline_ms"] / record["ours_ms"] for record in records])
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the floor that bytes and FLOPs set")
+
+
+PLOTS = (
+    Plot("model", "speedup.png", "Compressed deit_small beside its peers"),
+    Plot("model", "throughput.png", "Throughput against batch"),
+    Plot("attention", "tokens.png", "Attention, forward, against tokens"),
+    Plot("transition", "floor.png", "Transitions beside the floor"),
+)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for device in devices():
+        for plot in PLOTS:
+            path = device / f"{plot.suite}.json"
+            if path.exists():
+                plot.draw(results.read(path)[0]["records"], device / plot.file)
+    (results.FOLDER / "README.md").write_text(whole_report(results.FOLDER) + "\n", encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8"), readme_block()), encoding="utf-8")
 
 
 if __name__ == "__main__":

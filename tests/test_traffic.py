@@ -1,19 +1,15 @@
 """What the transitions of a model move through memory, counted for the bench's report."""
 
-from pathlib import Path
-
 import timm
 import torch
 
+from bench.transition import WIDTH, traffic
 from pm_kernels.token_mix_launch import whole_rows
 from pm_models import CompressionPlan, compress
 
 
-def test_transitions_move_little_more_than_they_must(monkeypatch):
+def test_transitions_move_little_more_than_they_must():
     """At keep rate 0.6, prune rate 0.1: at most 1.15 times the state once, the next state and the normed rows."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # bench is not installed
-    from bench.transition import WIDTH, traffic
-
     torch.manual_seed(0)
     dense = timm.create_model("deit_small_patch16_224")
     smooth = torch.nn.functional.interpolate(torch.rand(12, 1, 4, 4), (14, 14), mode="bilinear").flatten(1)

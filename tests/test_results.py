@@ -1,0 +1,97 @@
+"""Result files and the report: what is written, what is told apart, and the script that runs it all on a GPU."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench import report, results
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = sorted(results.FOLDER.rglob("*.json"))
+
+
+def test_an_edited_file_is_told_apart(tmp_path):
+    path = tmp_path / "new" / "suite.json"
+    results.write(path, {"device": "cpu: x"}, [{"case": "a", "ours_ms": 1.25}])
+    content, wrong = results.read(path)
+    assert not wrong
+    assert content["records"] == [{"case": "a", "ours_ms": 1.25}]
+    assert content["commit"]
+    assert content["torch"]
+    path.write_text(path.read_text().replace("1.25", "1.05"))
+    assert results.read(path)[1] == results.EDITED
+
+
+def test_another_commits_kernels_are_told_apart(tmp_path, monkeypatch):
+    path = tmp_path / "suite.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "kernels_digest", lambda: "another")
+        results.write(path, {}, [])
+    assert results.read(path)[1] == results.OTHER_KERNELS
+    content = dict.fromkeys(("device", "threads", "torch", "triton", "timm", "commit", "date"), "x")
+    text = report.origin(content, results.OTHER_KERNELS)
+    assert text.endswith("**This file was measured on other kernels than these.**")
+
+
+def test_the_digest_is_of_code_not_of_comments(tmp_path, monkeypatch):
+    """Of the sources beside the bench folder, without comments, docstrings and layout."""
+    (tmp_path / "pm_kernels").mkdir()
+    (tmp_path / "bench").mkdir()
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "bench" / "results.py"))
+    source = tmp_path / "pm_kernels" / "kernel.py"
+    source.write_text('"""A kernel."""\n\n\ndef kernel(x):\n    """Doubles."""\n    return 2 * x\n')
+    first = results.kernels_digest()
+    source.write_text('def kernel(\n    x):  # twice\n    """Twice."""\n    return 2 * x\n')
+    assert results.kernels_digest() == first
+    source.write_text("def kernel(x):\n    return 3 * x\n")
+    assert results.kernels_digest() != first
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(results.FOLDER)))
+def test_committed_files_are_as_they_were_written(path):
+    content, wrong = results.read(path)
+    assert wrong != results.EDITED
+    assert content["records"]
+
+
+def test_the_report_is_that_of_the_files():
+    assert (results.FOLDER / "README.md").read_text(encoding="utf-8") == report.whole_report(results.FOLDER) + "\n"
+    for device in report.devices():
+        for plot in report.PLOTS:
+            assert (device / plot.file).exists() == (device / f"{plot.suite}.json").exists()
+
+
+def test_plots_are_drawn(tmp_path):
+    for plot in report.PLOTS:
+        records = json.loads((results.FOLDER / "cpu" / f"{plot.suite}.json").read_text())["records"]
+        plot.draw(records, tmp_path / plot.file)
+        assert (tmp_path / plot.file).read_bytes().startswith(b"\x89PNG")
+
+
+STAND_IN = """#!/usr/bin/env bash
+echo "$0 $*" >> "$CALLS"
+[[ "$*" != *attention-* ]] || { echo "no such kernel"; exit 3; }
+echo fine
+"""
+
+
+def test_the_gpu_script_survives_a_part_that_fails(tmp_path):
+    for name in ("python", "nvidia-smi"):
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "gpu.sh", tmp_path / "out"], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "attention: failed (3)" in done.stdout
+    assert "model: passed" in done.stdout
+    assert (tmp_path / "out" / "attention.log").read_text() == "no such kernel\n"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"{part}.log" for part in ("tests", "attention", "transition", "model")
+    }
+    assert (tmp_path / "calls").read_text().count("--results") == 3
