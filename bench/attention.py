@@ -1,7 +1,7 @@
-"""fused_merge_attention beside PyTorch's attention: forward, with its backward and scores, and with a merge.
+"""fused_merge_attention beside PyTorch's: forward, with its backward and scores, with a merge, with a bias per key.
 
-On a GPU at batch 256 in bfloat16, against the flash, memory-efficient and cuDNN backends and FlexAttention. On a CPU at
-batch 8 in float32, against PyTorch's attention and attention with the attention matrix in memory.
+On a GPU at batch 256 in bfloat16, against every backend of PyTorch's attention and FlexAttention. On a CPU at batch 8
+in float32, against PyTorch's attention. Everywhere against attention with the attention matrix in memory.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,12 @@ BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
 }
 
 
 class Case(NamedTuple):
-    """One measurement: ``kind`` forward, backward (both passes, with scores), or merge (forward)."""
+    """One measurement: ``kind`` forward, backward (both passes, with scores), merge or bias (forward)."""
 
     kind: str
     tokens: int
@@ -42,6 +43,7 @@ CASES = (
     *(Case("backward", tokens) for tokens in (118, 137, 197, 577, 1601)),
     Case("merge", 197, 118),
     Case("merge", 197, 137),
+    Case("bias", 197),
 )
 
 
@@ -49,51 +51,72 @@ def unpacked(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def ours(qkv: Tensor, merge: Tensor | None, gate: Tensor | None) -> Tensor:
-    return fused_merge_attention_qkv(qkv, merge, gate=gate)
+class Extras(NamedTuple):
+    """The optional inputs, None where a case is without."""
+
+    merge: Tensor | None = None
+    gate: Tensor | None = None
+    bias: Tensor | None = None  # (keys,)
 
 
-def pytorch(attend: Callable[..., Tensor], qkv: Tensor, merge: Tensor | None, gate: Tensor | None) -> Tensor:
+def ours(qkv: Tensor, extras: Extras) -> Tensor:
+    return fused_merge_attention_qkv(qkv, extras.merge, gate=extras.gate, key_bias=extras.bias)
+
+
+def pytorch(attend: Callable[..., Tensor], qkv: Tensor, extras: Extras) -> Tensor:
     """Merge first, gate the values, attend by ``attend``."""
     q, k, v = unpacked(qkv)
-    if merge is not None:
-        q, k, v = merge @ q, merge @ k, merge @ v
-    if gate is not None:
-        v = (gate.unsqueeze(-1) * v).to(v.dtype)
-    return attend(q, k, v)
+    if extras.merge is not None:
+        q, k, v = extras.merge @ q, extras.merge @ k, extras.merge @ v
+    if extras.gate is not None:
+        v = (extras.gate.unsqueeze(-1) * v).to(v.dtype)
+    return attend(q, k, v, extras.bias)
 
 
-def with_matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def with_matrix(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The attention matrix in memory, as scoring by hooks needs it."""
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    return torch.softmax(logits if bias is None else logits + bias, dim=-1) @ v
 
 
-def by_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    mask = None if bias is None else bias.expand(q.shape[0], q.shape[1], q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def by_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v)
+        return sdpa(q, k, v, bias)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[key]
+
+    return flex_attention(q, k, v, score_mod=None if bias is None else biased)
 
 
 def peers(device: str) -> dict[str, Callable[..., Tensor]]:
     attends = {"eager_matrix": with_matrix}
     if device == "cpu":
-        attends["sdpa"] = F.scaled_dot_product_attention
+        attends["sdpa"] = sdpa
     else:
-        from torch.nn.attention.flex_attention import flex_attention
-
         attends |= {name: partial(by_backend, backend) for name, backend in BACKENDS.items()}
-        attends["flex"] = torch.compile(flex_attention, dynamic=False)
+        attends["flex"] = torch.compile(flex, dynamic=False)
     return {name: partial(pytorch, attend) for name, attend in attends.items()}
 
 
 def work(
-    case: Case, function: Callable[..., Tensor], qkv: Tensor, merge: Tensor | None, upstream: Tensor
+    case: Case, function: Callable[..., Tensor], qkv: Tensor, extras: Extras, upstream: Tensor
 ) -> Callable[[], object]:
     """What is timed: one call, with its backward and the gradient of a gate of ones where the case says so."""
     if case.kind != "backward":
-        return lambda: function(qkv, merge, None)
+        return lambda: function(qkv, extras)
     gate = torch.ones(case.tokens, device=qkv.device, requires_grad=True)
     qkv = qkv.detach().requires_grad_()
-    return lambda: torch.autograd.grad(function(qkv, merge, gate), (qkv, gate), upstream)
+    return lambda: torch.autograd.grad(function(qkv, extras._replace(gate=gate)), (qkv, gate), upstream)
 
 
 def counted(case: Case, batch: int, size: int) -> tuple[int, int]:
@@ -113,16 +136,18 @@ def measure(case: Case, device: str, machine: dict) -> dict:
     if case.tokens > 1000:
         batch = max(1, batch // 8)
     qkv = torch.randn(batch, case.tokens, 3, HEADS, WIDTH, device=device, dtype=dtype)
-    merge = None
+    extras = Extras()
     if case.merged:
-        merge = (torch.rand(case.merged, case.tokens, device=device) / case.tokens).to(dtype)
+        extras = Extras(merge=(torch.rand(case.merged, case.tokens, device=device) / case.tokens).to(dtype))
+    if case.kind == "bias":
+        extras = Extras(bias=torch.rand(case.tokens, device=device).mul(3).to(dtype))
     upstream = torch.randn(batch, case.tokens, HEADS, WIDTH, device=device, dtype=dtype).transpose(1, 2)
-    wide = [None if x is None else x.double() for x in (qkv[:2], merge, upstream[:2])]
-    exact = work(case, partial(pytorch, with_matrix), *wide)()
+    wide = Extras(*(None if x is None else x.double() for x in extras))
+    exact = work(case, partial(pytorch, with_matrix), qkv[:2].double(), wide, upstream[:2].double())()
     exact = exact if isinstance(exact, tuple) else (exact,)
     functions = {"ours": ours, **peers(device)}
-    small = {name: work(case, function, qkv[:2], merge, upstream[:2]) for name, function in functions.items()}
-    calls = {name: work(case, function, qkv, merge, upstream) for name, function in functions.items()}
+    small = {name: work(case, function, qkv[:2], extras, upstream[:2]) for name, function in functions.items()}
+    calls = {name: work(case, function, qkv, extras, upstream) for name, function in functions.items()}
     moved, flops = counted(case, batch, qkv.element_size())
     found = comparison.errors(small, exact)
     name = f"{case}-{str(dtype).removeprefix('torch.')}"

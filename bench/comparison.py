@@ -35,7 +35,7 @@ def record(
         flops: floating-point operations that must be done.
         machine: what :func:`bench.machine.describe` measured.
         rounds: how often each is called on a CPU.
-        facts: further entries of the record.
+        facts: further entries of the record, or others in the place of its own.
 
     Returns:
         The record as it is written, and under ``times_ms`` all times, which are not.
@@ -62,6 +62,7 @@ def record(
         "call_ms": {name: _call_ms(call) for name, call in runnable.items()} if like.is_cuda else medians,
         "bytes": moved,
         "flops": flops,
+        "memory": {name: _allocated(call) for name, call in runnable.items()} if like.is_cuda else {},
         "roofline_ms": max(moved / machine["copy_gbps"] / 1e6, flops / rate / 1e9),
         **facts,
         "times_ms": times,
@@ -90,6 +91,16 @@ def _timed(calls: dict[str, Call], cuda: bool, rounds: int) -> dict[str, list[fl
     from triton.testing import do_bench
 
     return {name: do_bench(call, warmup=50, rep=200, return_mode="all") for name, call in calls.items()}
+
+
+def _allocated(call: Call) -> int:
+    """The most bytes of GPU memory that a call takes besides what was taken before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _call_ms(call: Call) -> float:

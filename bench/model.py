@@ -97,12 +97,13 @@ def measure(case: Case, device: str, machine: dict) -> dict:
     call = partial(_train if case.mode == "train" else _infer, device=device, dtype=case.dtype, images=images)
     rounds = {1: 40, 8: 12}.get(case.batch, 8)
     flops = 2e9 * found.gmacs["ours"] * case.batch * (3 if case.mode == "train" else 1)
+    facts = {"keep_rate": KEEP_RATE, "prune_rate": PRUNE_RATE, "gmacs": found.gmacs, "settings": found.settings}
+    if case.mode == "train":
+        facts["memory"] = _memory(chosen, images, device, case.dtype)
+    calls = {name: partial(call, model) for name, model in chosen.items()}
     return comparison.record(
-        str(case), "model", {name: partial(call, model) for name, model in chosen.items()}, images, 0, flops, machine,
-        rounds=rounds, dtype=case.dtype, keep_rate=KEEP_RATE, prune_rate=PRUNE_RATE, gmacs=found.gmacs,
-        settings=found.settings,
-        memory=_memory(chosen, images, device, case.dtype) if case.mode == "train" else {},
-    )  # fmt: skip
+        str(case), "model", calls, images, 0, flops, machine, rounds=rounds, dtype=case.dtype, **facts
+    )
 
 
 def _weights(name: str) -> str:
