@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from timm.utils import ParseKwargs
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .budget import fit_gmacs, fit_speedup
 from .checkpoints import CONFIG_NAME, load_pretrained, load_state_file, save_pretrained
 from .data import calibration_loader, check_classes, class_names, input_size, make_loader, open_dataset
 from .files import write_atomically
@@ -84,7 +85,6 @@ def _compress(options: argparse.Namespace) -> None:
     make_plan = partial(
         CompressionPlan.from_scores,
         grid=tuple(model.patch_embed.grid_size),
-        keep_rate=options.keep_rate,
         prune_rate=options.prune_rate,
         layer_decay=options.layer_decay,
         num_prefix_tokens=model.num_prefix_tokens,
@@ -92,14 +92,25 @@ def _compress(options: argparse.Namespace) -> None:
         row_weights=options.row_weights,
         stages=options.stages,
     )
-    make_plan(torch.ones(len(model.blocks), model.patch_embed.num_patches))  # wrong rates are told before the scoring
-    batches = min(options.score_batches, len(loader))
-    with accelerator.autocast():
-        plan = make_plan(score_tokens(model, tqdm(loader, "score", leave=False, total=batches), batches=batches))
-    train_matrices = None if options.train_matrices == "none" else options.train_matrices
-    compressed = compress(
-        model, plan, train_matrices=train_matrices, size_bias=options.size_bias, merge_site=options.merge_site
+    make_model = partial(
+        compress,
+        model,
+        train_matrices=None if options.train_matrices == "none" else options.train_matrices,
+        size_bias=options.size_bias,
+        merge_site=options.merge_site,
     )
+    # Wrong rates are told before the scoring.
+    make_plan(torch.ones(len(model.blocks), model.patch_embed.num_patches), keep_rate=options.keep_rate or 1e-6)
+    batches = len(range(accelerator.process_index, min(options.score_batches, len(loader)), accelerator.num_processes))
+    bar = tqdm(
+        accelerator.prepare(loader), "score", leave=False, total=batches, disable=not accelerator.is_main_process
+    )
+    with accelerator.autocast():
+        scores = score_tokens(model, bar, batches=batches)
+        if not accelerator.is_main_process:
+            return
+        plan = _plan(options, model, partial(make_plan, scores), make_model, accelerator.device)
+    compressed = make_model(plan)
     save_pretrained(compressed, options.output, model_args=options.model_kwargs)
     plan.save(options.output / "plan.json")
     save_plan_picture(plan, options.output / "plan.png")
@@ -108,6 +119,34 @@ def _compress(options: argparse.Namespace) -> None:
     print(plan)
     print(f"GMACs per image: {before:.4g} before, {after:.4g} after ({after / before:.1%})")
     print(f"compressed model: {options.output}; next: pm-vit finetune {options.data_dir} --model {options.output}")
+
+
+def _plan(
+    options: argparse.Namespace,
+    model: VisionTransformer,
+    make_plan: Callable[..., CompressionPlan],
+    make_model: Callable[[CompressionPlan], PMVisionTransformer],
+    device: torch.device,
+) -> CompressionPlan:
+    """The plan of the keep rate, or of the budget, that was asked for."""
+    if options.keep_rate is not None:
+        return make_plan(keep_rate=options.keep_rate)
+
+    def by_rate(keep_rate: float) -> CompressionPlan:
+        return make_plan(keep_rate=keep_rate)
+
+    model.eval()
+    if options.target_gmacs is not None:
+        fit_ = fit_gmacs(model, by_rate, make_model, options.prune_rate, options.target_gmacs)
+        print(f"keep rate {fit_.keep_rate:.3f} for {options.target_gmacs:g} GMACs: {fit_.value:.4g}")
+    else:
+        images = torch.randn(options.batch_size, *input_size(model), device=device)
+        fit_ = fit_speedup(model, by_rate, make_model, options.prune_rate, options.target_speedup, images)
+        print(
+            f"keep rate {fit_.keep_rate:.3f} for {options.target_speedup:g} times the speed: {fit_.value:.3f} times, "
+            f"measured at batch {options.batch_size} on {device.type}"
+        )
+    return fit_.plan
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -348,8 +387,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(compress_)
     _add_model(compress_)
     _add_output(compress_)
-    compress_.add_argument(
-        "--keep-rate", type=float, required=True, help="share of all patches kept as tokens, such as 0.6"
+    budget = compress_.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--keep-rate", type=float, help="share of all patches kept as tokens, such as 0.6")
+    budget.add_argument("--target-gmacs", type=float, help="the keep rate with at most so many GMACs an image")
+    budget.add_argument(
+        "--target-speedup",
+        type=float,
+        help="the keep rate that is so many times as fast in inference, measured on this device at --batch-size",
     )
     compress_.add_argument(
         "--prune-rate", type=float, required=True, help="share that skips its block, such as 0.1; the rest is merged"

@@ -26,10 +26,13 @@ def score_tokens(
     ``|sum over images, heads, queries of A * dLoss/dA| / (B * H * N)`` at ``A``'s column ``j``
     (arXiv 2503.23455, section 3). It is read off the gradient of a gate on that column, so attention stays fused.
 
+    Where ``torch.distributed`` is set up, every process scores batches of its own, and all return the sum.
+
     Args:
         model: a timm VisionTransformer on any device; it comes back as it was.
         loader: yields (images (B, 3, H, W), targets).
-        batches: how many batches to take from the loader, at least 1; a shorter loader is used whole, with a warning.
+        batches: how many batches to take from this process's loader, at least 1 in all; a shorter loader is used
+            whole, with a warning.
         loss_fn: ``loss_fn(logits, targets)``, a scalar.
 
     Returns:
@@ -40,7 +43,8 @@ def score_tokens(
         ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
     """
     check_vision_transformer(model)
-    if batches < 1:
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if batches < (0 if shared else 1):
         raise ValueError(f"batches must be at least 1, got {batches}")
     for index, block in enumerate(model.blocks):
         if not fusable_attentions(block):
@@ -49,22 +53,27 @@ def score_tokens(
             )
     like = next(model.parameters())
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    scores = torch.zeros(len(model.blocks), tokens, dtype=torch.float32, device=like.device)
+    # In float64, so that the order of batches and processes is lost in the rounding to float32.
+    scores = torch.zeros(len(model.blocks), tokens, dtype=torch.float64)
     heads = [next(iter(fusable_attentions(block).values())).num_heads for block in model.blocks]
     taken = 0
     with torch.inference_mode(False), torch.enable_grad(), _gated(model, tokens) as gates:
-        for images, targets in loader:
+        for images, targets in loader if batches else ():
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
-                scores[index] += gradient.float().abs() / (len(images) * heads[index] * tokens)
+                scores[index] += gradient.float().abs().cpu().double() / (len(images) * heads[index] * tokens)
             taken += 1
             if taken == batches:
                 break
+    if 0 < taken < batches:
+        warnings.warn(f"the loader gave {taken} of the {batches} batches asked for", stacklevel=2)
+    if shared:
+        totals = torch.cat([scores.flatten(), torch.tensor([float(taken)])]).to(like.device)
+        torch.distributed.all_reduce(totals)
+        scores, taken = totals[:-1].view_as(scores), int(totals[-1])
     if taken == 0:
         raise ValueError("loader is empty: expected at least one batch of (images, targets)")
-    if taken < batches:
-        warnings.warn(f"the loader gave {taken} of the {batches} batches asked for", stacklevel=2)
-    return scores[:, model.num_prefix_tokens :].cpu()
+    return scores[:, model.num_prefix_tokens :].float().cpu()
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def fit(
             scheduler.step_update(epoch * steps + step)
             with accelerator.autocast():
                 result = task(images, targets)
-            loss_value = result["loss"].item()
+            loss_value = accelerator.reduce(result["loss"].detach(), "mean").item()
             if not math.isfinite(loss_value):
                 raise FloatingPointError(
                     f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}; a lower learning "
@@ -180,7 +180,8 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             loss.update(loss_value, len(images))
-            top1.update(accuracy(result["output"].detach(), targets)[0].item(), len(images))
+            (correct,) = accuracy(result["output"].detach(), targets)
+            top1.update(accelerator.reduce(correct, "mean").item(), len(images))
             speed = loss.count * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.avg:.3f}, accuracy {top1.avg:.1f}%, {speed:.0f} images/s")
         bar.close()

@@ -10,7 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pm_models import CompressionPlan, PMVisionTransformer, load_pretrained, save_pretrained
+from pm_models.budget import Fit
 from pm_models.cli import main
+from pm_models.measure import count_gmacs
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "32"]
 SHAPE = ["--model-kwargs", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2"]
@@ -120,6 +122,35 @@ def test_compress_options_reach_the_plan_and_the_model(capsys, data, dense, tmp_
     torch.testing.assert_close(model.plan.merge_matrix(1).sum(dim=1), torch.ones(9))
     assert "1..2          9       8       8       0" in out
     assert re.search(r"GMACs per image: [\d.e-]+ before, [\d.e-]+ after \(\d+\.\d%\)", out)
+
+
+def test_compress_to_a_budget(capsys, monkeypatch, data, dense, tmp_path):
+    model = load_pretrained(dense)
+    size = (model.in_chans, *model.patch_embed.img_size)
+    whole = count_gmacs(model, size)
+    common = ("compress", data, "--model", dense, *COMMON, "--prune-rate", "0.1", "--score-batches", "2")
+    status, out, _ = run(capsys, *common, "--output", tmp_path / "gmacs", "--target-gmacs", 0.6 * whole)
+    assert status == 0
+    model = load_pretrained(tmp_path / "gmacs")
+    assert 0.45 * whole < count_gmacs(model, size) <= 0.6 * whole
+    assert re.search(r"keep rate 0\.\d{3} for [\d.e-]+ GMACs: [\d.e-]+", out)
+
+    def fit(model, make_plan, make_model, prune_rate, target, images):
+        assert not model.training
+        assert (prune_rate, target, images.shape[1:]) == (0.1, 1.25, size)
+        plan = make_plan(0.5)
+        assert make_model(plan).plan == plan
+        return Fit(plan, 0.5, 1.26)
+
+    monkeypatch.setattr("pm_models.cli.fit_speedup", fit)
+    status, out, _ = run(capsys, *common, "--output", tmp_path / "speed", "--target-speedup", "1.25")
+    assert status == 0
+    assert re.search(r"keep rate 0\.500 for 1\.25 times the speed: 1\.260 times, measured at batch \d+ on", out)
+    assert max(load_pretrained(tmp_path / "speed").plan.tokens) < 17
+    status, _, err = run(capsys, *common, "--output", tmp_path / "never", "--target-gmacs", 1e-9)
+    assert status == 2
+    assert "target_gmacs must be at least" in err
+    assert not (tmp_path / "never").exists()
 
 
 def test_finetune_and_eval(capsys, data, compressed, tmp_path):
@@ -308,7 +339,7 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, data, dense, compressed
     ("arguments", "message"),
     [
         (["compres"], "invalid choice: 'compres'"),
-        (["compress", "data", "--model", "x", "--output", "y"], "required: --keep-rate, --prune-rate"),
+        (["compress", "data", "--model", "x", "--output", "y"], "required: --prune-rate"),
         (["eval", "data", "--model", "x", "-b", "0"], "must be at least 1, got 0"),
         (["compress", "d", "--model", "x", "--keep-rate", ".6", "--prune-rate", "0", "--stages", "a-b"],
          "expected blocks such as 0-2,3-5,6, got 'a-b'"),

@@ -1,0 +1,91 @@
+"""Two processes against one: the same scores, the same plan, the same losses, the same weights."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pm_models import CompressionPlan
+
+SCRIPT = """
+import json, sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+sys.path[:0] = {paths!r}
+from helpers import plan_for, small_vit
+from pm_models import CompressionPlan, compress, score_tokens
+from pm_models.training import Recipe, classification_task, distillation_task, fit, make_accelerator
+
+accelerator = make_accelerator(cpu=True)
+torch.manual_seed(0)
+model = small_vit(depth=3)
+images, targets = torch.randn(24, 3, 28, 20), torch.randint(0, 7, (24,))
+data = TensorDataset(images, targets)
+
+# Six batches of four, whoever scores them.
+batches = len(range(accelerator.process_index, 6, accelerator.num_processes))
+scores = score_tokens(model, accelerator.prepare(DataLoader(data, 4)), batches=batches)
+plan = CompressionPlan.from_scores(scores, (7, 5), 0.5, 0.2)
+compressed = compress(model, plan)
+
+# A step's images are twelve, whoever takes them.
+def loader(shuffle):
+    return DataLoader(data, 12 // accelerator.num_processes, shuffle=shuffle)
+
+recipe = Recipe(epochs=2, lr=1e-3)
+results = fit(distillation_task(compressed, model), loader(True), loader(False), recipe, accelerator=accelerator)
+report = {{
+    "processes": accelerator.num_processes,
+    "scores": scores.tolist(),
+    "plan": plan.to_dict(),
+    "results": [[r.train_loss, r.train_top1, r.top1, r.top5] for r in results],
+    "weights": [float(p.detach().double().norm()) for p in compressed.parameters()],
+}}
+if accelerator.is_main_process:
+    with open(sys.argv[1], "w") as file:
+        json.dump(report, file)
+"""
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def run(processes, *command):
+    """A command under torchrun, on CPUs."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    if processes > 1:
+        launcher += ["--master_port", str(free_port())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        launcher + [str(part) for part in command], env=environment, capture_output=True, text=True, check=False,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+def test_two_processes_do_what_one_does(tmp_path):
+    script = tmp_path / "script.py"
+    root = Path(__file__).parents[2]
+    script.write_text(SCRIPT.format(paths=[str(root / "tests"), str(root)]))
+    reports = []
+    for processes in (1, 2):
+        run(processes, script, tmp_path / f"{processes}.json")
+        reports.append(json.loads((tmp_path / f"{processes}.json").read_text()))
+    one, two = reports
+    assert (one["processes"], two["processes"]) == (1, 2)
+    torch.testing.assert_close(torch.tensor(two["scores"]), torch.tensor(one["scores"]), rtol=1e-5, atol=1e-9)
+    plans = [CompressionPlan.from_dict(report["plan"]) for report in reports]
+    first, second = ([stage.segments for stage in plan.stages] for plan in plans)
+    assert first == second
+    torch.testing.assert_close(torch.tensor(two["results"]), torch.tensor(one["results"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(two["weights"]), torch.tensor(one["weights"]), rtol=1e-4, atol=1e-6)
