@@ -169,6 +169,8 @@ def _eval(options: argparse.Namespace) -> None:
     model.to(accelerator.device).eval()
     loader = make_loader(eval_set, model, batch_size=options.batch_size, workers=options.workers)
     result = evaluate(model, accelerator.prepare(loader), accelerator=accelerator)
+    if not accelerator.is_main_process:
+        return
     size = input_size(model)
     images = torch.randn(options.batch_size, *size, device=accelerator.device)
     with accelerator.autocast():

@@ -1,5 +1,6 @@
 """Two processes against one: the same scores, the same plan, the same losses, the same weights."""
 
+import itertools
 import json
 import os
 import socket
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import small_vit
+from PIL import Image
 
-from pm_models import CompressionPlan
+from pm_models import CompressionPlan, save_pretrained
 
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch lacks torch.distributed")
 SCRIPT = """
 import json, sys
 import torch
@@ -72,7 +76,6 @@ def run(processes, *command):
     return done.stdout
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
 def test_two_processes_do_what_one_does(tmp_path):
     script = tmp_path / "script.py"
     root = Path(__file__).parents[2]
@@ -89,3 +92,31 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert first == second
     torch.testing.assert_close(torch.tensor(two["results"]), torch.tensor(one["results"]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.tensor(two["weights"]), torch.tensor(one["weights"]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_line_on_two_processes(tmp_path):
+    """compress makes the plan that one process makes, and it, finetune and eval speak and write once."""
+    model = small_vit(img_size=32, patch_size=8, depth=2, num_classes=2)
+    save_pretrained(model, tmp_path / "dense")
+    for split, name, index in itertools.product(("train", "validation"), ("cat", "dog"), range(8)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    common = ["-j", "0", "-b", "2", "--device", "cpu"]
+    for processes in (1, 2):
+        run(
+            processes, "-m", "pm_models", "compress", tmp_path / "data", "--model", tmp_path / "dense", *common,
+            "--output", tmp_path / f"compressed{processes}", "--keep-rate", "0.5", "--prune-rate", "0.2",
+            "--score-batches", "5",
+        )  # fmt: skip
+    one, two = (CompressionPlan.load(tmp_path / f"compressed{processes}" / "plan.json") for processes in (1, 2))
+    assert [stage.segments for stage in one.stages] == [stage.segments for stage in two.stages]
+    out = run(
+        2, "-m", "pm_models", "finetune", tmp_path / "data", "--model", tmp_path / "compressed2", *common,
+        "--output", tmp_path / "tuned", "--epochs", "1",
+    )  # fmt: skip
+    assert out.count("finetune 1/1: loss") == 1
+    out = run(2, "-m", "pm_models", "eval", tmp_path / "data", "--model", tmp_path / "tuned", *common)
+    assert out.count("top-1 ") == 1
+    assert "on 16 images" in out
