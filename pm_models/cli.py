@@ -213,6 +213,7 @@ def _fit_and_save(
         batch_size=options.batch_size,
         workers=options.workers,
         training=True,
+        seed=options.seed,
         auto_augment=options.aa,
         re_prob=options.reprob,
     )
@@ -224,6 +225,7 @@ def _fit_and_save(
         recipe,
         accelerator=accelerator,
         state_dir=options.output / _STATE,
+        recovery_interval=options.recovery_interval,
         name=options.command,
     )
     model = task.trainable_module.eval()
@@ -238,7 +240,8 @@ def _fit_and_save(
     write_atomically(options.output / _SUMMARY, json.dumps(summary, indent=2).encode())
     # Last, as the model's configuration is what tells a finished run from one to continue.
     save_pretrained(model, options.output, model_args=getattr(options, "model_kwargs", None))
-    shutil.rmtree(options.output / _STATE)  # the model is saved: nothing is left to continue
+    for state in (_STATE, f"{_STATE}.old"):  # the model is saved: nothing is left to continue
+        shutil.rmtree(options.output / state, ignore_errors=True)
     _print_comparison(options, accelerator, models, top1)
     print(f"model: {options.output}")
 
@@ -527,6 +530,12 @@ def _add_training(parser: argparse.ArgumentParser, *, epochs: int, lr: float, we
     group.add_argument("--weight-decay", type=float, default=weight_decay, help="weight decay (%(default)s)")
     group.add_argument("--warmup-epochs", type=int, default=warmup, help="epochs of warm-up (%(default)s)")
     group.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm (%(default)s)")
+    group.add_argument(
+        "--recovery-interval",
+        type=int,
+        default=0,
+        help="also keep the state after every so many steps of an epoch (%(default)s: after epochs alone)",
+    )
     group.add_argument("--aa", help="timm's augmentation policy, such as rand-m9-mstd0.5-inc1 (none)")
     group.add_argument("--reprob", type=float, default=0.0, help="probability of random erasing (%(default)s)")
 

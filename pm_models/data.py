@@ -1,8 +1,10 @@
 """Images from folders or from any data set that timm reads, as loaders in a model's own preprocessing."""
 
 import os
+import random
 from pathlib import Path
 
+import numpy
 import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
@@ -72,6 +74,49 @@ def check_classes(dataset: Dataset, model: VisionTransformer) -> None:
         raise ValueError(f"the data has {len(names)} classes, but the model tells {model.num_classes} apart")
 
 
+class SeededImages(Dataset):
+    """A data set whose augmentation of an image depends on the seed, the epoch and the image alone.
+
+    So it is the same in a run that was stopped and continued, with any number of workers, and on any process.
+
+    Args:
+        dataset: what it holds, with a random ``transform``.
+        seed: of the augmentations.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self._seed = seed
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers outlive an epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    @property
+    def transform(self) -> object:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: object) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple:
+        state = random.getstate(), numpy.random.get_state()
+        words = numpy.random.SeedSequence([self._seed, int(self._epoch), index]).generate_state(2)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(words[0]))
+                random.seed(int(words[1]))
+                numpy.random.seed(words[1])
+                return self.dataset[index]
+        finally:
+            random.setstate(state[0])
+            numpy.random.set_state(state[1])
+
+
 def make_loader(
     dataset: Dataset,
     model: VisionTransformer,
@@ -79,6 +124,7 @@ def make_loader(
     batch_size: int,
     workers: int,
     training: bool = False,
+    seed: int = 0,
     auto_augment: str | None = None,
     re_prob: float = 0.0,
 ) -> DataLoader:
@@ -90,6 +136,7 @@ def make_loader(
         batch_size: images per batch.
         workers: loader processes; 0 loads in this one.
         training: shuffle, drop the last incomplete batch, and augment (random crop and flip).
+        seed: of the augmentation.
         auto_augment: timm's policy, such as ``rand-m9-mstd0.5-inc1``; training only.
         re_prob: probability of random erasing; training only.
 
@@ -100,8 +147,9 @@ def make_loader(
     if len(dataset) < needed:
         raise ValueError(f"the data has {len(dataset)} images, expected at least {needed} (--batch-size {batch_size})")
     config = resolve_model_data_config(model, {"input_size": input_size(model)})
+    seeded = training and not isinstance(dataset, IterableDataset)
     return create_loader(
-        dataset,
+        SeededImages(dataset, seed) if seeded else dataset,
         input_size=config["input_size"],
         batch_size=batch_size,
         is_training=training,

@@ -1,17 +1,20 @@
 """Training, distillation and evaluation of classifiers, on timm's parts, driven by accelerate."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -23,7 +26,7 @@ from tqdm import tqdm
 
 from .files import write_atomically
 
-_PROGRESS = "progress.json"
+_PROGRESS = "progress.txt"  # a digest, and JSON after it
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def fit(
     *,
     accelerator: Accelerator,
     state_dir: str | os.PathLike | None = None,
+    recovery_interval: int = 0,
     name: str = "train",
 ) -> list[EpochResult]:
     """Train the task's model in place, evaluating after every epoch, with progress bars.
@@ -126,8 +130,10 @@ def fit(
         eval_loader: likewise.
         recipe: how to train.
         accelerator: from :func:`make_accelerator`.
-        state_dir: where the whole state is kept after every epoch, replaced as one; a state found there is
-            continued from. ``None`` keeps none.
+        state_dir: where the whole state is kept after every epoch, replaced as one, and the state before it as
+            ``<state_dir>.old``; a state found there is continued from, the older one with a warning where the newer
+            one is damaged. ``None`` keeps none.
+        recovery_interval: also keep the state after every so many steps of an epoch; 0 does not.
         name: shown before the progress.
 
     Returns:
@@ -156,15 +162,23 @@ def fit(
         updates_per_epoch=steps,
         step_on_epochs=False,
     )
-    results = _load_state(accelerator, state_dir, recipe)
+    progress = _load_state(accelerator, state_dir, recipe)
+    results = progress.results
     for epoch in range(len(results), recipe.epochs):
         train_loader.set_epoch(epoch)
         label = f"{name} {epoch + 1}/{recipe.epochs}"
         task.train()
-        loss, top1, speed = AverageMeter(), AverageMeter(), 0.0
+        loss, top1, speed = progress.loss, progress.top1, 0.0
+        done, before = progress.steps, loss.count
         start = time.perf_counter()
-        bar = tqdm(train_loader, label, leave=False, disable=not accelerator.is_local_main_process)
-        for step, (images, targets) in enumerate(bar):
+        batches = skip_first_batches(train_loader, done) if done else train_loader
+        batches.set_epoch(epoch)
+        bar = tqdm(
+            batches, label, total=steps, initial=done, leave=False, disable=not accelerator.is_local_main_process
+        )
+        for step, (images, targets) in enumerate(bar, done):
+            # What is random in a step is told by its number, so that a continued run draws as it would have.
+            torch.manual_seed(_step_seed(recipe.seed, epoch * steps + step, accelerator.process_index))
             scheduler.step_update(epoch * steps + step)
             with accelerator.autocast():
                 result = task(images, targets)
@@ -182,8 +196,10 @@ def fit(
             loss.update(loss_value, len(images))
             (correct,) = accuracy(result["output"].detach(), targets)
             top1.update(accelerator.reduce(correct, "mean").item(), len(images))
-            speed = loss.count * accelerator.num_processes / (time.perf_counter() - start)
+            speed = (loss.count - before) * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.avg:.3f}, accuracy {top1.avg:.1f}%, {speed:.0f} images/s")
+            if recovery_interval and (step + 1) % recovery_interval == 0 and step + 1 < steps:
+                _save_state(accelerator, state_dir, recipe, _Progress(results, step + 1, loss, top1))
         bar.close()
         evaluated = evaluate(model, eval_loader, accelerator=accelerator)
         results.append(EpochResult(epoch + 1, loss.avg, top1.avg, speed, evaluated["top1"], evaluated["top5"]))
@@ -191,7 +207,8 @@ def fit(
             f"{label}: loss {loss.avg:.4f}, accuracy {top1.avg:.2f}% in training, {evaluated['top1']:.2f}% in "
             f"evaluation, {speed:.0f} images/s"
         )
-        _save_state(accelerator, state_dir, recipe, results)
+        progress = _Progress(results)
+        _save_state(accelerator, state_dir, recipe, progress)
     accelerator.wait_for_everyone()
     task.trainable_module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return results
@@ -228,10 +245,39 @@ def evaluate(
     return {"loss": loss.avg, "top1": top1.avg, "top5": top5.avg, "images": loss.count}
 
 
+class _Progress:
+    """How far a run is: the epochs behind it, and the steps of the next one with their averages."""
+
+    def __init__(
+        self,
+        results: list[EpochResult],
+        steps: int = 0,
+        loss: AverageMeter | None = None,
+        top1: AverageMeter | None = None,
+    ) -> None:
+        self.results, self.steps = results, steps
+        self.loss, self.top1 = loss or AverageMeter(), top1 or AverageMeter()
+
+    def to_dict(self) -> dict:
+        meters = {name: vars(getattr(self, name)) for name in ("loss", "top1")}
+        return {"results": [asdict(result) for result in self.results], "steps": self.steps, **meters}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "_Progress":
+        progress = cls([EpochResult(**result) for result in values["results"]], values["steps"])
+        for name in ("loss", "top1"):
+            vars(getattr(progress, name)).update(values[name])
+        return progress
+
+
+def _step_seed(seed: int, step: int, process: int) -> int:
+    return int(numpy.random.SeedSequence([seed, step, process]).generate_state(1)[0])
+
+
 def _save_state(
-    accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe, results: list[EpochResult]
+    accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe, progress: _Progress
 ) -> None:
-    """Write the state beside the old one, then let it take its place: at every moment one of them is whole."""
+    """Write the state beside the last one, then let it take its place: at every moment one of them is whole."""
     if state_dir is None:
         return
     state = Path(state_dir)
@@ -242,34 +288,75 @@ def _save_state(
     accelerator.save_state(str(new))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        progress = {"recipe": asdict(recipe), "results": [asdict(result) for result in results]}
-        write_atomically(new / _PROGRESS, json.dumps(progress, indent=2).encode())
-        shutil.rmtree(old, ignore_errors=True)
+        content = json.dumps(
+            {"recipe": asdict(recipe), "files": _digests(new), **progress.to_dict()}, indent=2
+        ).encode()
+        write_atomically(new / _PROGRESS, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
         if state.exists():
+            shutil.rmtree(old, ignore_errors=True)
             state.rename(old)
         new.rename(state)
-        shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
-def _load_state(accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe) -> list[EpochResult]:
-    """Load the newest whole state; its results, or none where there is no state."""
+def _load_state(accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe) -> _Progress:
+    """Load the newest whole state; a run that begins where there is none.
+
+    Raises:
+        ValueError: the state was made by another recipe, or every state there is is damaged.
+    """
     if state_dir is None:
-        return []
+        return _Progress([])
     state = Path(state_dir)
+    damaged = []
     for folder in (state, state.with_name(f"{state.name}.old")):
-        if not (folder / _PROGRESS).is_file():
+        if not folder.exists():
             continue
-        progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-        if progress["recipe"] != asdict(recipe):
-            different = [name for name, value in asdict(recipe).items() if progress["recipe"].get(name) != value]
-            began = ", ".join(f"{name}={progress['recipe'].get(name)}" for name in different)
+        content = _whole_state(folder)
+        if content is None:
+            damaged.append(folder)
+            continue
+        if content["recipe"] != asdict(recipe):
+            different = [name for name, value in asdict(recipe).items() if content["recipe"].get(name) != value]
+            began = ", ".join(f"{name}={content['recipe'].get(name)}" for name in different)
             raise ValueError(
                 f"{state} holds an unfinished run that began with {began}; continue it with that, or choose another "
                 "output folder"
             )
+        if damaged:
+            warnings.warn(f"{damaged[0]} is damaged; continuing from {folder}, the state before it", stacklevel=3)
         accelerator.load_state(str(folder))
-        results = [EpochResult(**result) for result in progress["results"]]
-        accelerator.print(f"continuing after epoch {len(results)} of {recipe.epochs}, from {folder}")
-        return results
-    return []
+        progress = _Progress.from_dict(content)
+        where = f"epoch {len(progress.results)}" + (f" and {progress.steps} steps" if progress.steps else "")
+        accelerator.print(f"continuing after {where} of {recipe.epochs}, from {folder}")
+        return progress
+    if damaged:
+        raise ValueError(
+            f"{' and '.join(map(str, damaged))} cannot be continued from: damaged; delete it to start anew"
+        )
+    return _Progress([])
+
+
+def _whole_state(folder: Path) -> dict | None:
+    """What a state's progress file says, where it and every other file are as they were written."""
+    try:
+        digest, _, content = (folder / _PROGRESS).read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if digest.decode(errors="replace") != hashlib.sha256(content).hexdigest():
+        return None
+    values = json.loads(content)
+    return values if values["files"] == _digests(folder) else None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of every file of a state but the progress file."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _PROGRESS:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(2**24):
+                    digest.update(chunk)
+            found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found

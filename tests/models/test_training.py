@@ -1,5 +1,6 @@
 """Losses against formulas, continuing a killed run, evaluation counts, and errors."""
 
+import contextlib
 import copy
 import math
 import shutil
@@ -52,43 +53,70 @@ def test_training_lowers_the_loss_and_reports_it(accelerator, tmp_path):
     assert results[-1].train_loss < results[0].train_loss
 
 
-@pytest.mark.parametrize("killed_while", ["training", "replacing the state"])
-def test_a_stopped_run_continues_as_if_it_had_not_been(accelerator, tmp_path, killed_while):
+class KilledError(Exception):
+    pass
+
+
+def killed_after(model, steps, data, recipe, accelerator, **options):
+    """A run that dies in the forward after so many steps."""
+    task = classification_task(copy.deepcopy(model))
+    calls = 0
+
+    def die(*_):
+        nonlocal calls
+        calls += 1
+        if calls == steps + 1:
+            raise KilledError
+
+    task.register_forward_hook(die)
+    with pytest.raises(KilledError):
+        fit(task, *data, recipe, accelerator=accelerator, **options)
+
+
+def same_run(results, expected, task, whole):
+    assert [(r.train_loss, r.train_top1, r.top1) for r in results] == [
+        (r.train_loss, r.train_top1, r.top1) for r in expected
+    ]
+    pairs = zip(task.trainable_module.parameters(), whole.trainable_module.parameters(), strict=True)
+    assert all(torch.equal(continued, uninterrupted) for continued, uninterrupted in pairs)
+
+
+@pytest.mark.parametrize("happened", ["", "while replacing the state", "newest damaged", "progress damaged"])
+@pytest.mark.parametrize(("steps", "interval"), [(7, 0), (7, 2), (8, 1), (5, 1), (1, 2)])
+def test_a_stopped_run_continues_as_if_it_had_not_been(accelerator, tmp_path, steps, interval, happened):
+    """Three steps an epoch, with random depth, stopped anywhere: the same losses and the same weights, bit for bit."""
     start = small_vit(depth=2, drop_path_rate=0.2)
     data = loaders(start)
     recipe = Recipe(epochs=4, lr=1e-3, warmup_epochs=1)
     whole = classification_task(copy.deepcopy(start))
     expected = fit(whole, *data, recipe, accelerator=accelerator, state_dir=tmp_path / "whole")
+    state, old = tmp_path / "state", tmp_path / "state.old"
+    options = {"state_dir": state, "recovery_interval": interval}
+    killed_after(start, steps, data, recipe, accelerator, **options)
+    task, warned = classification_task(copy.deepcopy(start)), contextlib.nullcontext()
+    if happened == "while replacing the state" and state.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        state.rename(old)
+        shutil.copytree(old, tmp_path / "state.new")
+    elif happened and old.exists():
+        damaged = state / ("progress.txt" if happened == "progress damaged" else "model.safetensors")
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 16
+        damaged.write_bytes(content)
+        warned = pytest.warns(UserWarning, match=r"state is damaged; continuing from .*state\.old, the state before it")
+    with warned:
+        results = fit(task, *data, recipe, accelerator=accelerator, **options)
+    same_run(results, expected, task, whole)
+    assert not (tmp_path / "state.new").exists()
 
-    class KilledError(Exception):
-        pass
 
-    stopped = classification_task(copy.deepcopy(start))
-    calls = 0
-
-    def die_in_the_third_epoch(*_):
-        nonlocal calls
-        calls += 1
-        if calls == 2 * len(data[0]) + 2:
-            raise KilledError
-
-    stopped.register_forward_hook(die_in_the_third_epoch)
-    state = tmp_path / "state"
-    with pytest.raises(KilledError):
-        fit(stopped, *data, recipe, accelerator=accelerator, state_dir=state)
-    if killed_while == "replacing the state":
-        state.rename(tmp_path / "state.old")
-        shutil.copytree(tmp_path / "state.old", tmp_path / "state.new")
-    again = classification_task(copy.deepcopy(start))
-    results = fit(again, *data, recipe, accelerator=accelerator, state_dir=state)
-    assert [(result.train_loss, result.top1) for result in results] == [
-        (result.train_loss, result.top1) for result in expected
-    ]
-    for continued, uninterrupted in zip(
-        again.trainable_module.parameters(), whole.trainable_module.parameters(), strict=True
-    ):
-        assert torch.equal(continued, uninterrupted)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "whole"]
+def test_nothing_is_continued_where_every_state_is_damaged(accelerator, tmp_path):
+    model = small_vit(depth=1)
+    recipe = Recipe(epochs=1, lr=1e-3)
+    fit(classification_task(model), *loaders(model), recipe, accelerator=accelerator, state_dir=tmp_path / "s")
+    (tmp_path / "s" / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be continued from: damaged; delete it to start anew"):
+        fit(classification_task(model), *loaders(model), recipe, accelerator=accelerator, state_dir=tmp_path / "s")
 
 
 def test_a_state_of_another_recipe_is_refused(accelerator, tmp_path):
