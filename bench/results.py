@@ -1,8 +1,8 @@
 """Result files: written whole, and told apart where they were edited or measured on other kernels."""
 
-import ast
 import hashlib
 import json
+import tokenize
 from pathlib import Path
 
 from pm_models.files import write_atomically
@@ -31,20 +31,25 @@ def read(path: Path) -> tuple[dict, str]:
 
 
 def kernels_digest() -> str:
-    """Of the code of pm_kernels: comments, docstrings and layout do not count."""
+    """Of the code of pm_kernels: comments, docstrings and white space do not count."""
     digest = hashlib.sha256()
     for path in sorted((Path(__file__).parents[1] / "pm_kernels").glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
-                del body[0]
-        digest.update(f"{path.name}\n{ast.unparse(tree)}\n".encode())
+        digest.update(f"{path.name}\n{_code(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _code(path: Path) -> str:
+    """What is left of a source file. By its text and not its syntax tree, which differs between versions of Python."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    dropped, begins = [], True  # begins: a statement
+    for token in tokenize.generate_tokens(iter(lines).__next__):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and begins):
+            dropped.append((token.start, token.end))
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for (first, start), (last, end) in reversed(dropped):
+        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:]]
+    return "".join("".join(lines).split())
 
 
 def _digest(content: dict) -> str:
