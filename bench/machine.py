@@ -89,13 +89,13 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where the working tree differs from it."""
-    folder = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
+    """The checkout's commit, marked where the working tree differs from it in more than results."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+    return (commit or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*command: str) -> str:
+    """What git prints, nothing where it fails."""
+    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
