@@ -12,11 +12,13 @@ def activation_bytes(model: nn.Module, images: Tensor) -> int:
     """
     if images.is_cuda:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        gradients = torch.autograd.grad(model(images).float().square().mean(), parameters, allow_unused=True)
-        torch.cuda.synchronize()
+        for _ in range(2):  # what the first step alone takes, compilation and workspaces, is not counted
+            gradients = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            gradients = torch.autograd.grad(model(images).float().square().mean(), parameters, allow_unused=True)
+            torch.cuda.synchronize()
         own = sum(gradient.nbytes for gradient in gradients if gradient is not None)
         return torch.cuda.max_memory_allocated() - before - own
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

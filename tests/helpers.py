@@ -1,10 +1,22 @@
 """What the tests share: small models and plans with ugly sizes."""
 
+import numpy
+import pytest
 import timm
 import torch
+from packaging.version import Version
 from timm.models.vision_transformer import VisionTransformer
 
 from pm_models import CompressionPlan
+
+
+def skip_without_kernels() -> None:
+    """Skip the module where neither a GPU nor Triton's interpreter can run kernels."""
+    triton = pytest.importorskip("triton")
+    if not torch.cuda.is_available() and Version(triton.__version__) < Version("3.9"):
+        # Triton's interpreter used to take int() of arrays of one element, which numpy 2.4 no longer does.
+        if Version(numpy.__version__) >= Version("2.4"):
+            pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4", allow_module_level=True)
 
 
 def small_vit(name: str = "vit_tiny_patch16_224", **arguments) -> VisionTransformer:

@@ -2,12 +2,9 @@
 
 import itertools
 
-import numpy
 import pytest
 import torch
-import triton
-from helpers import attention_written_out, packed_qkv
-from packaging.version import Version
+from helpers import attention_written_out, packed_qkv, skip_without_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import (
@@ -21,10 +18,7 @@ from pm_kernels import (
 from pm_kernels.attention_op import attention, attention_backward
 from pm_kernels.launch import INTERPRETER, Device, Launch
 
-if not torch.cuda.is_available() and Version(triton.__version__) < Version("3.9"):
-    # Triton's interpreter used to take int() of arrays of one element, which numpy 2.4 no longer does.
-    if Version(numpy.__version__) >= Version("2.4"):
-        pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4", allow_module_level=True)
+skip_without_kernels()
 # The interpreter computes with numpy, which warns of what a GPU gives without a word: 0 * inf, inf - inf.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

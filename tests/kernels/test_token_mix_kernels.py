@@ -2,11 +2,9 @@
 
 import itertools
 
-import numpy
 import pytest
 import torch
-import triton
-from packaging.version import Version
+from helpers import skip_without_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import (
@@ -24,10 +22,7 @@ from pm_kernels.launch import INTERPRETER, Device
 from pm_kernels.sparse import ByColumn
 from pm_kernels.token_mix_op import mix, mix_backward
 
-if not torch.cuda.is_available() and Version(triton.__version__) < Version("3.9"):
-    # Triton's interpreter used to take int() of arrays of one element, which numpy 2.4 no longer does.
-    if Version(numpy.__version__) >= Version("2.4"):
-        pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4", allow_module_level=True)
+skip_without_kernels()
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),

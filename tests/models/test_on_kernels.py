@@ -1,19 +1,15 @@
 """Compressed models on the Triton kernels, on a GPU or in Triton's interpreter, and what a training step keeps."""
 
-import numpy
 import pytest
 import torch
-from helpers import images_for, plan_for, small_vit
-from packaging.version import Version
+from helpers import images_for, plan_for, skip_without_kernels, small_vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.memory import activation_bytes
 from pm_kernels import BlockRows, SparseRows, backend
 from pm_models import compress
 
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and Version(triton.__version__) < Version("3.9"):
-    if Version(numpy.__version__) >= Version("2.4"):
-        pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4", allow_module_level=True)
+skip_without_kernels()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,23 +111,6 @@ def test_between_blocks_there_is_one_operator_and_no_full_map(training):
     assert rows.count("add") == rows.count("native_layer_norm") == 3
 
 
-def saved_bytes(model, images):
-    """What autograd keeps for the backward, each memory once, parameters and buffers left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(images).sum()
-    del loss
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_what_a_training_step_keeps(name):
     """At keep rate 0.6 at most 0.66 of what the dense model keeps."""
@@ -139,7 +118,7 @@ def test_what_a_training_step_keeps(name):
     compressed = compress(model, plan_for(model, keep_rate=0.6, prune_rate=0.1)).train()
     images = images_for(model, batch=2).to(DEVICE)
     with backend(name):
-        assert saved_bytes(compressed, images) <= 0.66 * saved_bytes(model, images)
+        assert activation_bytes(compressed, images) <= 0.66 * activation_bytes(model, images)
 
 
 @pytest.mark.parametrize("where", ["block", "norm1", "norm2"])
