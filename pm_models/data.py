@@ -125,8 +125,7 @@ def make_loader(
     workers: int,
     training: bool = False,
     seed: int = 0,
-    auto_augment: str | None = None,
-    re_prob: float = 0.0,
+    **options: object,
 ) -> DataLoader:
     """A loader in the model's input size and normalisation, with timm's transforms.
 
@@ -137,8 +136,8 @@ def make_loader(
         workers: loader processes; 0 loads in this one.
         training: shuffle, drop the last incomplete batch, and augment (random crop and flip).
         seed: of the augmentation.
-        auto_augment: timm's policy, such as ``rand-m9-mstd0.5-inc1``; training only.
-        re_prob: probability of random erasing; training only.
+        options: more of ``timm.data.create_loader``'s arguments, such as ``auto_augment``, ``re_prob``, ``scale``, or
+            ``crop_pct`` in the place of the model's.
 
     Raises:
         ValueError: the data set has fewer images than a training batch, or none.
@@ -148,22 +147,24 @@ def make_loader(
         raise ValueError(f"the data has {len(dataset)} images, expected at least {needed} (--batch-size {batch_size})")
     config = resolve_model_data_config(model, {"input_size": input_size(model)})
     seeded = training and not isinstance(dataset, IterableDataset)
+    arguments = {
+        "input_size": config["input_size"],
+        "interpolation": config["interpolation"],
+        "mean": _for_channels(config["mean"], model.in_chans),
+        "std": _for_channels(config["std"], model.in_chans),
+        "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
+        **options,
+    }
     return create_loader(
         SeededImages(dataset, seed) if seeded else dataset,
-        input_size=config["input_size"],
         batch_size=batch_size,
         is_training=training,
-        auto_augment=auto_augment,
-        re_prob=re_prob,
-        interpolation=config["interpolation"],
-        mean=_for_channels(config["mean"], model.in_chans),
-        std=_for_channels(config["std"], model.in_chans),
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
         num_workers=workers,
         persistent_workers=workers > 0,
         use_prefetcher=False,
         device=torch.device("cpu"),
+        **arguments,
     )
 
 

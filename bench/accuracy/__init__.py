@@ -1,0 +1,1 @@
+"""Accuracy against speed on real images: what compression costs, and what else the same time buys."""

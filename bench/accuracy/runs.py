@@ -1,0 +1,114 @@
+"""What is trained and compared, and with which settings."""
+
+from dataclasses import dataclass, field
+
+KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
+PRUNE_RATE = 0.1
+VARIANTS_AT = 0.6  # the keep rate at which the variants are compared
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The dense model, how it is trained, and how it and all that is made of it are fine-tuned.
+
+    Images are in pixels, ``lr`` and ``tune_lr`` peaks of AdamW before a cosine to 0.
+    """
+
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    batch: int
+    epochs: int
+    lr: float
+    tune_epochs: int
+    tune_lr: float
+    smaller_images: tuple[int, ...]
+    weight_decay: float = 0.05
+    warmup_epochs: int = 2
+    score_batches: int = 16
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+
+
+SETTINGS = {
+    # 64 patches as 8 x 8: what two cores train in a few hours.
+    "cpu": Setting(
+        image=32, patch=4, width=96, depth=6, heads=2, batch=128, epochs=18, lr=1e-3, tune_epochs=2, tune_lr=2e-4,
+        smaller_images=(28, 24, 20),
+    ),
+    # 196 patches as 14 x 14, and the width and depth of DeiT-S.
+    "cuda": Setting(
+        image=28, patch=2, width=384, depth=12, heads=6, batch=512, epochs=40, lr=1e-3, tune_epochs=3, tune_lr=2e-4,
+        smaller_images=(26, 24, 22, 20),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model made of the dense one, measured, fine-tuned, and measured again.
+
+    ``method`` is ``dense``, ``prune_and_merge``, ``random_scores``, ``smaller_images``, ``tome`` or ``evit``. The last
+    two get the GMACs of ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are arguments of
+    ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
+    """
+
+    method: str
+    keep_rate: float | None = None
+    variant: str | None = None
+    plan: dict = field(default_factory=dict)
+    compress: dict = field(default_factory=dict)
+    image: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [
+            self.method,
+            self.keep_rate and f"keep{self.keep_rate}",
+            self.image and f"{self.image}px",
+            self.variant,
+        ]
+        return "-".join(str(part) for part in [*parts, f"seed{self.seed}"] if part)
+
+
+def all_runs(setting: Setting, seeds: int) -> list[Run]:
+    """The curve first, then what it is compared with, the variants, and the same once more for every other seed."""
+    return [
+        *_curve(0),
+        *_peers(setting, 0),
+        *_variants(setting),
+        *(run for seed in range(1, seeds) for run in _curve(seed)),
+        *(run for seed in range(1, seeds) for run in _peers(setting, seed)),
+    ]
+
+
+def _curve(seed: int) -> list[Run]:
+    return [Run("dense", seed=seed), *(Run("prune_and_merge", rate, seed=seed) for rate in sorted(KEEP_RATES))]
+
+
+def _peers(setting: Setting, seed: int) -> list[Run]:
+    return [
+        *(Run("smaller_images", image=image, seed=seed) for image in setting.smaller_images),
+        *(Run(method, rate, seed=seed) for rate in (0.6, 0.4) for method in ("random_scores", "tome", "evit")),
+    ]
+
+
+def _variants(setting: Setting) -> list[Run]:
+    third = setting.depth // 3
+    stages = [(third, 2 * third - 1), (2 * third, setting.depth - 1)]
+    return [
+        Run("prune_and_merge", VARIANTS_AT, variant, plan, arguments)
+        for variant, plan, arguments in (
+            ("averaged rows", {"row_weights": "average"}, {}),
+            ("size bias", {}, {"size_bias": True}),
+            ("averaged rows and size bias", {"row_weights": "average"}, {"size_bias": True}),
+            ("dense matrices", {}, {"train_matrices": "dense"}),
+            ("fixed matrices", {}, {"train_matrices": None}),
+            ("merge in attention", {}, {"merge_site": "attention"}),
+            ("rates in every block", {"allocation": "layer"}, {}),
+            ("two stages", {"stages": stages}, {}),
+            ("nothing pruned", {"prune_rate": 0.0}, {}),
+        )
+    ]
