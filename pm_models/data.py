@@ -104,17 +104,18 @@ class SeededImages(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple:
-        state = random.getstate(), numpy.random.get_state()
         words = numpy.random.SeedSequence([self._seed, int(self._epoch), index]).generate_state(2)
+        on_cpu = torch.default_generator  # torch.manual_seed would look for every device, for each image
+        states = on_cpu.get_state(), random.getstate(), numpy.random.get_state()
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(words[0]))
-                random.seed(int(words[1]))
-                numpy.random.seed(words[1])
-                return self.dataset[index]
+            on_cpu.manual_seed(int(words[0]))
+            random.seed(int(words[1]))
+            numpy.random.seed(words[1])
+            return self.dataset[index]
         finally:
-            random.setstate(state[0])
-            numpy.random.set_state(state[1])
+            on_cpu.set_state(states[0])
+            random.setstate(states[1])
+            numpy.random.set_state(states[2])
 
 
 def make_loader(

@@ -34,7 +34,7 @@ class Setting:
 SETTINGS = {
     # 64 patches as 8 x 8: what two cores train in a few hours.
     "cpu": Setting(
-        image=32, patch=4, width=96, depth=6, heads=2, batch=128, epochs=18, lr=1e-3, tune_epochs=2, tune_lr=2e-4,
+        image=32, patch=4, width=96, depth=6, heads=2, batch=128, epochs=14, lr=1e-3, tune_epochs=2, tune_lr=2e-4,
         smaller_images=(28, 24, 20),
     ),
     # 196 patches as 14 x 14, and the width and depth of DeiT-S.
