@@ -207,6 +207,22 @@ def fusable_attentions(block: nn.Module) -> dict[str, Attention]:
     return {name: module for name, module in block.named_modules() if type(module) is Attention}
 
 
+def fused_attentions(block: nn.Module) -> dict[str, PMAttention]:
+    """The block's attentions that are taken over already, by module name."""
+    return {name: module for name, module in block.named_modules() if type(module) is PMAttention}
+
+
+def plain_attention(attention: PMAttention) -> Attention:
+    """timm's attention with the same modules, which are shared."""
+    plain = Attention.__new__(Attention)
+    nn.Module.__init__(plain)
+    plain.__dict__.update(attention.__dict__)
+    plain._buffers = {name: value for name, value in attention._buffers.items() if name != "key_bias"}
+    plain._non_persistent_buffers_set = attention._non_persistent_buffers_set - {"key_bias"}
+    del plain.token_gate
+    return plain
+
+
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of ``root``'s submodule ``name`` (dotted)."""
     parent, _, child = name.rpartition(".")

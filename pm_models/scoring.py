@@ -6,11 +6,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from .attention import PMAttention, fusable_attentions, replace_module
-from .vision_transformer import check_vision_transformer
+from .attention import PMAttention, fusable_attentions, fused_attentions, replace_module
+from .vision_transformer import PMVisionTransformer, check_vision_transformer
 
 
 def score_tokens(
@@ -26,10 +27,13 @@ def score_tokens(
     ``|sum over images, heads, queries of A * dLoss/dA| / (B * H * N)`` at ``A``'s column ``j``
     (arXiv 2503.23455, section 3). It is read off the gradient of a gate on that column, so attention stays fused.
 
+    In a compressed model, for another round of compression, the tokens of a block are its merged tokens; their scores
+    are those of all patches through the block's reconstruct matrix, ``|R| s``. A patch that the block prunes has 0.
+
     Where ``torch.distributed`` is set up, every process scores batches of its own, and all return the sum.
 
     Args:
-        model: a timm VisionTransformer on any device; it comes back as it was.
+        model: a timm VisionTransformer on any device, compressed or not; it comes back as it was.
         loader: yields (images (B, 3, H, W), targets).
         batches: how many batches to take from this process's loader, at least 1 in all; a shorter loader is used
             whole, with a warning.
@@ -42,43 +46,60 @@ def score_tokens(
         TypeError: the model is no timm VisionTransformer.
         ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
     """
-    check_vision_transformer(model)
+    plan = model.plan if isinstance(model, PMVisionTransformer) else None
+    if plan is None:
+        check_vision_transformer(model)
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     if batches < (0 if shared else 1):
         raise ValueError(f"batches must be at least 1, got {batches}")
     for index, block in enumerate(model.blocks):
-        if not fusable_attentions(block):
+        if not _attentions(block):
             raise ValueError(
                 f"block {index} is a {type(block).__name__} without timm's Attention, so its tokens cannot be scored"
             )
     like = next(model.parameters())
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    counts = [tokens] * len(model.blocks) if plan is None else list(plan.tokens)
     # In float64, so that the order of batches and processes is lost in the rounding to float32.
-    scores = torch.zeros(len(model.blocks), tokens, dtype=torch.float64)
-    heads = [next(iter(fusable_attentions(block).values())).num_heads for block in model.blocks]
+    scores = [torch.zeros(count, dtype=torch.float64) for count in counts]
+    heads = [next(iter(_attentions(block).values())).num_heads for block in model.blocks]
     taken = 0
-    with torch.inference_mode(False), torch.enable_grad(), _gated(model, tokens) as gates:
+    with torch.inference_mode(False), torch.enable_grad(), _gated(model, counts) as gates:
         for images, targets in loader if batches else ():
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
-                scores[index] += gradient.float().abs().cpu().double() / (len(images) * heads[index] * tokens)
+                weight = len(images) * heads[index] * counts[index]
+                scores[index] += gradient.float().abs().cpu().double() / weight
             taken += 1
             if taken == batches:
                 break
     if 0 < taken < batches:
         warnings.warn(f"the loader gave {taken} of the {batches} batches asked for", stacklevel=2)
     if shared:
-        totals = torch.cat([scores.flatten(), torch.tensor([float(taken)])]).to(like.device)
+        totals = torch.cat([*scores, torch.tensor([float(taken)])]).to(like.device)
         torch.distributed.all_reduce(totals)
-        scores, taken = totals[:-1].view_as(scores), int(totals[-1])
+        *scores, taken = totals.cpu().split([*counts, 1])
+        taken = int(taken)
     if taken == 0:
         raise ValueError("loader is empty: expected at least one batch of (images, targets)")
-    return scores[:, model.num_prefix_tokens :].float().cpu()
+    if plan is not None:
+        compressed = iter(model.reconstruct_matrices())
+        for index in range(plan.depth):
+            if plan.stage_of(index) is not None:
+                scores[index] = next(compressed).detach().abs().cpu().double() @ scores[index]
+    return torch.stack(scores)[:, model.num_prefix_tokens :].float()
+
+
+def _attentions(block: nn.Module) -> dict[str, Attention]:
+    return fusable_attentions(block) | fused_attentions(block)
 
 
 @contextmanager
-def _gated(model: VisionTransformer, tokens: int) -> Iterator[list[Tensor]]:
-    """The model in eval mode and frozen, with a gate of ones on every block's keys; undone at the end."""
+def _gated(model: VisionTransformer, counts: list[int]) -> Iterator[list[Tensor]]:
+    """The model in eval mode and frozen, with a gate of ones on every block's keys; undone at the end.
+
+    ``counts`` are the blocks' tokens.
+    """
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     like = next(model.parameters())
@@ -87,12 +108,13 @@ def _gated(model: VisionTransformer, tokens: int) -> Iterator[list[Tensor]]:
         model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
-        for block in model.blocks:
+        for block, count in zip(model.blocks, counts, strict=True):
             # A float32 gate sums the gradients of half-precision values in float32.
             dtype = torch.promote_types(like.dtype, torch.float32)
-            gates.append(torch.ones(tokens, dtype=dtype, device=like.device, requires_grad=True))
-            for name, attention in fusable_attentions(block).items():
-                replace_module(block, name, PMAttention(attention, token_gate=gates[-1]))
+            gates.append(torch.ones(count, dtype=dtype, device=like.device, requires_grad=True))
+            for name, attention in _attentions(block).items():
+                bias = getattr(attention, "key_bias", None)
+                replace_module(block, name, PMAttention(attention, key_bias=bias, token_gate=gates[-1]))
                 replaced.append((block, name, attention))
         yield gates
     finally:

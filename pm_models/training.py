@@ -1,6 +1,9 @@
 """Training, distillation and evaluation of classifiers, on timm's parts, driven by accelerate."""
 
+import contextlib
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,7 +18,10 @@ import numpy
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import set_seed
+from accelerate.utils import is_tensorboard_available, set_seed
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
@@ -27,18 +33,28 @@ from tqdm import tqdm
 from .files import write_atomically
 
 _PROGRESS = "progress.txt"  # a digest, and JSON after it
+_EMA = "ema.safetensors"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """How to train. The fields are named as timm's ``train.py`` names its flags.
 
     Args:
         epochs: passes over the data.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate.
         weight_decay: not applied to biases, norms, tokens, positions, merge and reconstruct matrices.
-        warmup_epochs: epochs of linear warm-up, part of ``epochs``; then a cosine to 0.
+        warmup_epochs: epochs of linear warm-up from ``warmup_lr``, part of ``epochs``; then a cosine to ``min_lr``.
+        warmup_lr: learning rate of the first step; ``None``: a thousandth of ``lr``.
+        min_lr: learning rate at the end.
         clip_grad: largest gradient norm; ``None`` does not clip.
+        opt: timm's name of the optimiser.
+        layer_decay: the learning rate of block ``l`` is that of block ``l + 1`` times this; ``None``: all the same.
+        grad_accum_steps: batches whose gradients make one step of the optimiser.
+        model_ema_decay: keep an exponential moving average of the weights, which is what is evaluated and what is left
+            in the model at the end; ``None`` keeps none.
+        mixup: alpha of mixup; 0 does not mix.
+        cutmix: alpha of cutmix, in half of the batches where ``mixup`` is above 0 too; 0 does not cut.
         seed: of the shuffles, augmentations and random depth.
     """
 
@@ -46,7 +62,15 @@ class Recipe:
     lr: float
     weight_decay: float = 0.05
     warmup_epochs: int = 0
+    warmup_lr: float | None = None
+    min_lr: float = 0.0
     clip_grad: float | None = 1.0
+    opt: str = "adamw"
+    layer_decay: float | None = None
+    grad_accum_steps: int = 1
+    model_ema_decay: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,7 +79,14 @@ class Recipe:
             ("lr", self.lr > 0, "above 0"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"at least 0 and below epochs = {self.epochs}"),
+            ("warmup_lr", self.warmup_lr is None or self.warmup_lr >= 0, "at least 0"),
+            ("min_lr", 0 <= self.min_lr <= self.lr, f"at least 0 and at most lr = {self.lr}"),
             ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
+            ("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"),
+            ("grad_accum_steps", self.grad_accum_steps >= 1, "at least 1"),
+            ("model_ema_decay", self.model_ema_decay is None or 0 < self.model_ema_decay < 1, "above 0 and below 1"),
+            ("mixup", self.mixup >= 0, "at least 0"),
+            ("cutmix", self.cutmix >= 0, "at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
@@ -63,28 +94,43 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch of training, and the evaluation after it."""
+    """One epoch of training, and the evaluation after it; accuracies in percent, ``lr`` that of the last step."""
 
     epoch: int
     train_loss: float
     train_top1: float
     images_per_second: float
+    loss: float
     top1: float
     top5: float
+    lr: float
 
 
-def make_accelerator(*, mixed_precision: str = "no", cpu: bool = False) -> Accelerator:
+def make_accelerator(
+    *, mixed_precision: str = "no", cpu: bool = False, tensorboard: str | os.PathLike | None = None
+) -> Accelerator:
     """accelerate's engine, shuffling by seed and epoch alone, so that a continued run sees the same batches.
 
     Args:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         cpu: stay on the CPU where there is a GPU.
+        tensorboard: folder for TensorBoard's logs of every epoch; ``None`` writes none.
+
+    Raises:
+        ImportError: ``tensorboard`` is given, but not installed.
     """
-    return Accelerator(
+    if tensorboard is not None and not is_tensorboard_available():
+        raise ImportError("logs for TensorBoard need the package tensorboard: pip install tensorboard")
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=cpu,
+        log_with=None if tensorboard is None else "tensorboard",
+        project_dir=tensorboard,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
+    if tensorboard is not None:
+        accelerator.init_trackers("")
+    return accelerator
 
 
 def classification_task(model: nn.Module, *, smoothing: float = 0.0) -> TrainingTask:
@@ -93,7 +139,7 @@ def classification_task(model: nn.Module, *, smoothing: float = 0.0) -> Training
 
 
 def distillation_task(
-    student: nn.Module, teacher: nn.Module, *, alpha: float = 1.0, temperature: float = 20.0
+    student: nn.Module, teacher: nn.Module, *, alpha: float = 1.0, temperature: float = 20.0, smoothing: float = 0.0
 ) -> TrainingTask:
     """Soft distillation: cross-entropy + ``alpha * T^2 * KL(teacher || student)`` at temperature ``T``.
 
@@ -102,7 +148,7 @@ def distillation_task(
     return LogitDistillationTask(
         student,
         teacher,
-        criterion=nn.CrossEntropyLoss(),
+        criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
         task_loss_weight=1.0,
         # timm averages the divergence over the batch alone.
         distill_loss_weight=alpha / student.num_classes,
@@ -120,6 +166,7 @@ def fit(
     accelerator: Accelerator,
     state_dir: str | os.PathLike | None = None,
     recovery_interval: int = 0,
+    summary: str | os.PathLike | None = None,
     name: str = "train",
 ) -> list[EpochResult]:
     """Train the task's model in place, evaluating after every epoch, with progress bars.
@@ -133,7 +180,8 @@ def fit(
         state_dir: where the whole state is kept after every epoch, replaced as one, and the state before it as
             ``<state_dir>.old``; a state found there is continued from, the older one with a warning where the newer
             one is damaged. ``None`` keeps none.
-        recovery_interval: also keep the state after every so many steps of an epoch; 0 does not.
+        recovery_interval: also keep the state after every so many steps of the optimiser within an epoch; 0 does not.
+        summary: a CSV file with the results of all epochs so far, in the columns of timm's ``train.py``.
         name: shown before the progress.
 
     Returns:
@@ -141,6 +189,7 @@ def fit(
 
     Raises:
         ValueError: ``train_loader`` is empty, or the state was made by another recipe.
+        OSError: a state or the summary cannot be written; the state before it is still whole.
         FloatingPointError: the loss is no longer finite.
     """
     if len(train_loader) == 0:
@@ -148,21 +197,28 @@ def fit(
     set_seed(recipe.seed)
     accelerator.free_memory()  # what an earlier run prepared is not part of this run's state
     student = task.trainable_module
-    optimizer = create_optimizer_v2(student, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
+    mix = _mix(recipe, student)
+    if recipe.model_ema_decay is not None:
+        task.setup_ema(decay=recipe.model_ema_decay)
+    optimizer = create_optimizer_v2(
+        student, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+    )
     model, optimizer, train_loader, eval_loader = accelerator.prepare(student, optimizer, train_loader, eval_loader)
     task.trainable_module = model
     task.to(accelerator.device)
-    steps = len(train_loader)
+    steps, group = len(train_loader), recipe.grad_accum_steps
+    updates = math.ceil(steps / group)  # of an epoch; the last may be of fewer batches
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
         num_epochs=recipe.epochs,
         warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=recipe.lr * 1e-3,
-        updates_per_epoch=steps,
+        warmup_lr=recipe.lr * 1e-3 if recipe.warmup_lr is None else recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        updates_per_epoch=updates,
         step_on_epochs=False,
     )
-    progress = _load_state(accelerator, state_dir, recipe)
+    progress = _load_state(accelerator, state_dir, recipe, task)
     results = progress.results
     for epoch in range(len(results), recipe.epochs):
         train_loader.set_epoch(epoch)
@@ -178,39 +234,65 @@ def fit(
         )
         for step, (images, targets) in enumerate(bar, done):
             # What is random in a step is told by its number, so that a continued run draws as it would have.
-            torch.manual_seed(_step_seed(recipe.seed, epoch * steps + step, accelerator.process_index))
-            scheduler.step_update(epoch * steps + step)
-            with accelerator.autocast():
-                result = task(images, targets)
-            loss_value = accelerator.reduce(result["loss"].detach(), "mean").item()
-            if not math.isfinite(loss_value):
-                raise FloatingPointError(
-                    f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}; a lower learning "
-                    f"rate than {recipe.lr} or more warm-up epochs than {recipe.warmup_epochs} may help"
-                )
-            accelerator.backward(result["loss"])
-            if recipe.clip_grad is not None:
-                accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
+            seed = _step_seed(recipe.seed, epoch * steps + step, accelerator.process_index)
+            torch.manual_seed(seed)
+            update = epoch * updates + step // group
+            scheduler.step_update(update)
+            wanted = targets
+            if mix is not None:
+                if len(images) % 2:
+                    raise ValueError(
+                        f"mixup and cutmix pair a batch's images: expected an even number, got {len(images)}"
+                    )
+                numpy.random.seed(seed)
+                images, wanted = mix(images, targets)
+            ends_group = (step + 1) % group == 0 or step + 1 == steps
+            with contextlib.nullcontext() if ends_group else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    result = task(images, wanted)
+                loss_value = accelerator.reduce(result["loss"].detach(), "mean").item()
+                if not math.isfinite(loss_value):
+                    raise FloatingPointError(
+                        f"the loss became {loss_value} in epoch {epoch + 1}, step {step + 1}; a lower learning "
+                        f"rate than {recipe.lr} or more warm-up epochs than {recipe.warmup_epochs} may help"
+                    )
+                # The batches of this step of the optimiser, of which the last of an epoch may have fewer.
+                accelerator.backward(result["loss"] / min(group, steps - step // group * group))
             loss.update(loss_value, len(images))
             (correct,) = accuracy(result["output"].detach(), targets)
             top1.update(accelerator.reduce(correct, "mean").item(), len(images))
             speed = (loss.count - before) * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.avg:.3f}, accuracy {top1.avg:.1f}%, {speed:.0f} images/s")
-            if recovery_interval and (step + 1) % recovery_interval == 0 and step + 1 < steps:
-                _save_state(accelerator, state_dir, recipe, _Progress(results, step + 1, loss, top1))
+            if not ends_group:
+                continue
+            if recipe.clip_grad is not None:
+                accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            task.update_ema(update + 1)
+            if recovery_interval and (step // group + 1) % recovery_interval == 0 and step + 1 < steps:
+                _save_state(accelerator, state_dir, recipe, task, _Progress(results, step + 1, loss, top1))
         bar.close()
-        evaluated = evaluate(model, eval_loader, accelerator=accelerator)
-        results.append(EpochResult(epoch + 1, loss.avg, top1.avg, speed, evaluated["top1"], evaluated["top5"]))
+        evaluated = evaluate(
+            task.trainable_module_ema.module if task.has_ema() else model, eval_loader, accelerator=accelerator
+        )
+        lr = max(parameters["lr"] for parameters in optimizer.param_groups)
+        found = (evaluated[measure] for measure in ("loss", "top1", "top5"))
+        results.append(EpochResult(epoch + 1, loss.avg, top1.avg, speed, *found, lr))
         accelerator.print(
             f"{label}: loss {loss.avg:.4f}, accuracy {top1.avg:.2f}% in training, {evaluated['top1']:.2f}% in "
             f"evaluation, {speed:.0f} images/s"
         )
+        if summary is not None and accelerator.is_main_process:
+            write_atomically(summary, _summary(results).encode())
+        accelerator.log({name: value for name, value in asdict(results[-1]).items() if name != "epoch"}, step=epoch + 1)
         progress = _Progress(results)
-        _save_state(accelerator, state_dir, recipe, progress)
+        _save_state(accelerator, state_dir, recipe, task, progress)
     accelerator.wait_for_everyone()
     task.trainable_module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if task.has_ema():
+        task.trainable_module.load_state_dict(task.trainable_module_ema.module.state_dict())
+        del task.trainable_module_ema
     return results
 
 
@@ -245,6 +327,32 @@ def evaluate(
     return {"loss": loss.avg, "top1": top1.avg, "top5": top5.avg, "images": loss.count}
 
 
+def _mix(recipe: Recipe, model: nn.Module) -> Mixup | None:
+    """timm's mixup and cutmix, which turn targets (B,) into (B, classes)."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=model.num_classes)
+
+
+def _summary(results: list[EpochResult]) -> str:
+    """CSV with the columns that timm's ``train.py`` writes, and the speed."""
+    columns = {
+        "epoch": "epoch",
+        "train_loss": "train_loss",
+        "train_top1": "train_top1",
+        "eval_loss": "loss",
+        "eval_top1": "top1",
+        "eval_top5": "top5",
+        "lr": "lr",
+        "samples_per_sec": "images_per_second",
+    }
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([getattr(result, field) for field in columns.values()] for result in results)
+    return text.getvalue()
+
+
 class _Progress:
     """How far a run is: the epochs behind it, and the steps of the next one with their averages."""
 
@@ -275,7 +383,11 @@ def _step_seed(seed: int, step: int, process: int) -> int:
 
 
 def _save_state(
-    accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe, progress: _Progress
+    accelerator: Accelerator,
+    state_dir: str | os.PathLike | None,
+    recipe: Recipe,
+    task: TrainingTask,
+    progress: _Progress,
 ) -> None:
     """Write the state beside the last one, then let it take its place: at every moment one of them is whole."""
     if state_dir is None:
@@ -285,7 +397,12 @@ def _save_state(
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
+    try:
+        accelerator.save_state(str(new))
+        if task.has_ema() and accelerator.is_main_process:
+            save_model(task.trainable_module_ema.module, str(new / _EMA))
+    except (SafetensorError, RuntimeError) as error:  # torch's and safetensors' ways to say that a file was cut off
+        raise OSError(f"the state could not be written to {new}: {error}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         content = json.dumps(
@@ -299,7 +416,9 @@ def _save_state(
     accelerator.wait_for_everyone()
 
 
-def _load_state(accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe) -> _Progress:
+def _load_state(
+    accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe, task: TrainingTask
+) -> _Progress:
     """Load the newest whole state; a run that begins where there is none.
 
     Raises:
@@ -326,6 +445,8 @@ def _load_state(accelerator: Accelerator, state_dir: str | os.PathLike | None, r
         if damaged:
             warnings.warn(f"{damaged[0]} is damaged; continuing from {folder}, the state before it", stacklevel=3)
         accelerator.load_state(str(folder))
+        if task.has_ema():
+            load_model(task.trainable_module_ema.module, folder / _EMA)
         progress = _Progress.from_dict(content)
         where = f"epoch {len(progress.results)}" + (f" and {progress.steps} steps" if progress.steps else "")
         accelerator.print(f"continuing after {where} of {recipe.epochs}, from {folder}")

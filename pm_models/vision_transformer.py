@@ -17,8 +17,10 @@ from .attention import (
     PMAttention,
     attends_apart,
     fusable_attentions,
+    fused_attentions,
     merges_inside,
     opening_norm,
+    plain_attention,
     refuse_masks,
     replace_module,
     run_block,
@@ -112,6 +114,23 @@ class PMVisionTransformer(VisionTransformer):
         """
         like = self.patch_embed.proj.weight
         return self._fold(self._pooled_readout(), like.dtype, like.device).transitions
+
+    def uncompressed(self) -> VisionTransformer:
+        """A plain timm model with a copy of the same weights, without the plan and its matrices."""
+        model = copy.deepcopy(self)
+        plain_class = next(plain for plain, compressed in _COMPRESSED_CLASSES.items() if compressed is type(self))
+        plain = plain_class.__new__(plain_class)
+        nn.Module.__init__(plain)
+        plain.__dict__.update({name: value for name, value in vars(model).items() if name not in _OF_COMPRESSION})
+        for name in ("stages", "_foldings"):
+            del plain._modules[name]
+        for key, hook in list(plain._load_state_dict_post_hooks.items()):
+            if hook is _refold_loaded:
+                del plain._load_state_dict_post_hooks[key]
+        for block in plain.blocks:
+            for name, attention in fused_attentions(block).items():
+                replace_module(block, name, plain_attention(attention))
+        return plain
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, 3, H, W) to logits (B, classes)."""
@@ -347,6 +366,10 @@ class PMVisionTransformer(VisionTransformer):
                 self._fold(self._pooled_readout(), like.dtype, like.device)
 
 
+# The attributes that a compressed model has beside a plain one's, its modules and hook aside.
+_OF_COMPRESSION = {"plan", "train_matrices", "size_bias", "merge_site", "_execution", "_folded", "_runs"}
+
+
 class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistilled):
     """The same on timm's :class:`~timm.models.deit.VisionTransformerDistilled`: two prefix tokens, two heads."""
 
@@ -436,7 +459,7 @@ def check_vision_transformer(model: nn.Module) -> None:
         TypeError: the model is of another class.
     """
     if isinstance(model, PMVisionTransformer):
-        raise TypeError("model is compressed already; start from the uncompressed model")
+        raise TypeError("model is compressed already; start from the plain one, model.uncompressed()")
     if type(model) not in _COMPRESSED_CLASSES:
         raise TypeError(
             "model must be a timm VisionTransformer or VisionTransformerDistilled, whose blocks treat tokens as a "

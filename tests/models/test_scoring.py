@@ -10,7 +10,7 @@ from helpers import images_for, plan_for, small_vit
 from timm.layers import Attention
 
 from pm_kernels import backend
-from pm_models import compress, score_tokens
+from pm_models import CompressionPlan, compress, score_tokens
 
 
 def scores_with_hooks(model, batches, loss_fn):
@@ -69,6 +69,68 @@ def test_scores_are_gradient_weighted_attention(arguments):
     torch.testing.assert_close(
         scores.double(), scores_with_hooks(model, batches, F.cross_entropy), rtol=1e-5, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stages"),
+    [
+        ({}, None),
+        ({"train_matrices": "dense"}, [(1, 2), (4, 4)]),
+        ({"size_bias": True}, None),
+        ({"merge_site": "attention"}, [(0, 1), (2, 4)]),
+    ],
+    ids=["each block", "stages of dense matrices", "size bias", "merged in attention"],
+)
+def test_a_compressed_models_scores_come_back_to_its_patches(arguments, stages):
+    """Against the paper's equations in plain PyTorch, with every attention matrix and its gradient in memory."""
+    dense = small_vit().double()
+    model = compress(dense, plan_for(dense, stages=stages), **arguments)
+    for matrices in model.stages.values():
+        for matrix in (matrices.merge, matrices.reconstruct):
+            matrix.data += 0.1 * torch.randn_like(matrix)
+    batches = [(images_for(model, batch), torch.randint(0, 7, (batch,))) for batch in (3, 2)]
+    expected = scores_written_out(model, dense, batches, inside="merge_site" in arguments)
+    torch.testing.assert_close(score_tokens(model, batches, batches=2).double(), expected, rtol=1e-5, atol=1e-12)
+    pruned = torch.tensor(model.plan.stage_of(1 if stages is None else stages[0][0]).segments) == -1
+    assert pruned.any()
+    if arguments.get("train_matrices") != "dense":
+        assert (expected[1 if stages is None else stages[0][0]][pruned] == 0).all()
+    CompressionPlan.from_scores(expected, model.plan.grid, 0.3, 0.4)
+
+
+def scores_written_out(model, dense, batches, inside):
+    plan, depth = model.plan, len(dense.blocks)
+    merges, reconstructs = [torch.eye(plan.num_tokens).double()] * depth, [torch.eye(plan.num_tokens).double()] * depth
+    compressed = [block for block in range(depth) if plan.stage_of(block) is not None]
+    for block, merge, reconstruct in zip(compressed, model.merge_matrices(), model.reconstruct_matrices(), strict=True):
+        merges[block], reconstructs[block] = merge.detach(), reconstruct.detach()
+    total = torch.zeros(depth, plan.num_tokens, dtype=torch.float64)
+    for images, targets in batches:
+        x, kept = dense._pos_embed(dense.patch_embed(images)), []
+        for index, block in enumerate(dense.blocks):
+            stage = plan.stage_of(index)
+            first, last = stage is None or stage.first == index, stage is None or stage.last == index
+            if first:
+                full, y = x, x if inside and stage is not None else merges[index] @ x
+            attention, merging = block.attn, inside and first and stage is not None
+            qkv = attention.qkv(block.norm1(y)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            if merging:
+                qkv, y = merges[index] @ qkv, merges[index] @ y
+            logits = qkv[0] @ qkv[1].mT * attention.scale
+            if model.size_bias and stage is not None:
+                logits = logits + plan.token_sizes(index).log()
+            weights = logits.softmax(-1).requires_grad_()
+            weights.retain_grad()
+            kept.append(weights)
+            y = y + attention.proj((weights @ qkv[2]).transpose(1, 2).flatten(2))
+            y = y + block.mlp(block.norm2(y))
+            if last:
+                x = reconstructs[index] @ y + (1 - plan.token_mask(index))[:, None] * full
+        F.cross_entropy(dense.forward_head(dense.norm(x)), targets).backward()
+        for index, weights in enumerate(kept):
+            found = (weights * weights.grad).sum(dim=(0, 1, 2)).abs() / weights_count(weights)
+            total[index] += reconstructs[index].abs() @ found
+    return total[:, plan.num_prefix_tokens :].detach()
 
 
 def test_another_loss():
@@ -134,8 +196,6 @@ def test_errors():
         score_tokens(model, [], batches=0)
     with pytest.raises(TypeError, match="must be a timm VisionTransformer .*, got ResNet"):
         score_tokens(timm.create_model("resnet10t"), [], batches=1)
-    with pytest.raises(TypeError, match="compressed already"):
-        score_tokens(compress(model, plan_for(model)), [], batches=1)
     fused_mlp = small_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock)
     with pytest.raises(ValueError, match="block 0 is a ParallelScalingBlock without timm's Attention"):
         score_tokens(fused_mlp, [], batches=1)

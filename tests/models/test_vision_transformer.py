@@ -152,6 +152,25 @@ def test_merging_inside_the_attention(kind, stages, train_matrices):
         assert all(parameter.grad.abs().sum() > 0 for parameter in compressed.stages.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_uncompressed_is_the_model_before(kind):
+    dense = small_vit(**KINDS[kind]).double()
+    model = compress(dense, plan_for(dense), size_bias=kind == "token")
+    plain = model.uncompressed()
+    assert type(plain) is type(dense)
+    images = images_for(dense)
+    assert torch.equal(plain(images), dense(images))
+    assert plain.state_dict().keys() == dense.state_dict().keys()
+    assert vars(plain).keys() == vars(dense).keys()
+    assert [type(module) for module in plain.modules()] == [type(module) for module in dense.modules()]
+    plain.load_state_dict(dense.state_dict())
+    other = plan_for(dense, 0.6, 0.1)
+    assert torch.equal(compress(plain, other)(images), compress(dense, other)(images))
+    before = model(images)
+    plain.head.weight.data.zero_()
+    assert torch.equal(model(images), before)
+
+
 def test_a_plan_without_stages_is_the_dense_model():
     model = small_vit().double()
     compressed = compress(model, CompressionPlan((7, 5), 5, 1, ()))
