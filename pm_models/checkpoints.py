@@ -39,6 +39,7 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
 
     Raises:
         ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
+        OSError: the files cannot be written; what was saved there before is untouched.
     """
     if not getattr(model, "pretrained_cfg", None) or not model.pretrained_cfg.get("architecture"):
         raise ValueError(
@@ -57,7 +58,10 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
                 "size_bias": model.size_bias,
                 "merge_site": model.merge_site,
             }
-        save_for_hf(model, staging, model_config=extra, model_args=model_args, safe_serialization=True)
+        try:
+            save_for_hf(model, staging, model_config=extra, model_args=model_args, safe_serialization=True)
+        except SafetensorError as error:
+            raise OSError(f"the model could not be written to {folder}: {error}") from error
         with torch.device("meta"):
             rebuilt = _build(staging)
         _check_same_model(model, rebuilt)

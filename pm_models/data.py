@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 from pathlib import Path
 
 import numpy
@@ -64,14 +65,40 @@ def class_names(dataset: Dataset) -> list[str] | None:
 
 
 def check_classes(dataset: Dataset, model: VisionTransformer) -> None:
-    """Refuse a data set with more classes than the model tells apart.
+    """Refuse a data set with one class, or with more than the model tells apart; warn of fewer.
 
     Raises:
-        ValueError: naming both counts.
+        ValueError: naming the counts.
     """
     names = class_names(dataset)
-    if names is not None and len(names) > model.num_classes:
+    if names is None:
+        return
+    if len(names) < 2:
+        raise ValueError(f"the data has {len(names)} class ({', '.join(names)}), expected at least 2")
+    if len(names) > model.num_classes:
         raise ValueError(f"the data has {len(names)} classes, but the model tells {model.num_classes} apart")
+    if len(names) < model.num_classes:
+        warnings.warn(
+            f"the data has {len(names)} classes, but the model tells {model.num_classes} apart: labels count the "
+            "data's classes in alphabetical order, which may not be the model's",
+            stacklevel=2,
+        )
+
+
+def check_same_classes(*datasets: Dataset) -> None:
+    """Refuse splits with different classes, as a label counts the classes of its own split.
+
+    Raises:
+        ValueError: naming classes that one has and another lacks.
+    """
+    found = [set(names) for dataset in datasets if (names := class_names(dataset)) is not None]
+    everywhere = set.intersection(*found) if found else set()
+    somewhere = sorted(set.union(*found) - everywhere) if found else []
+    if somewhere:
+        more = ", ..." if len(somewhere) > 5 else ""
+        raise ValueError(
+            f"the splits of the data have different classes: {', '.join(somewhere[:5])}{more} not in every one of them"
+        )
 
 
 class SeededImages(Dataset):
@@ -180,12 +207,43 @@ def input_size(model: VisionTransformer) -> tuple[int, int, int]:
 
 
 def calibration_loader(
-    dataset: Dataset, model: VisionTransformer, *, batches: int, batch_size: int, workers: int, seed: int
+    dataset: Dataset,
+    model: VisionTransformer,
+    *,
+    batches: int,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    **options: object,
 ) -> DataLoader:
-    """``batches`` batches for scoring tokens: images at random, the same for the same seed, without augmentation."""
-    loader = make_loader(dataset, model, batch_size=batch_size, workers=workers)
+    """``batches`` batches for scoring tokens: images at random, the same for the same seed, without augmentation.
+
+    ``options`` are those of :func:`make_loader`.
+    """
+    loader = make_loader(dataset, model, batch_size=batch_size, workers=workers, **options)
     if isinstance(dataset, IterableDataset):
         return loader
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     chosen = Subset(dataset, order[: batches * batch_size].tolist())
     return DataLoader(chosen, batch_size=batch_size, num_workers=workers)
+
+
+def sample_images(dataset: Dataset, model: VisionTransformer, count: int, **options: object) -> numpy.ndarray:
+    """Some images (count, H, W, 3), grey ones (count, H, W), as the model sees them, from 0 to 1.
+
+    They are from all over the data set, or its first where it can only be read in order.
+
+    ``options`` are those of :func:`make_loader`.
+    """
+    loader = make_loader(dataset, model, batch_size=count, workers=0, **options)
+    if isinstance(dataset, IterableDataset):
+        images = next(iter(loader))[0]
+    else:
+        count = min(count, len(dataset))
+        images = torch.stack([dataset[index * len(dataset) // count][0] for index in range(count)])
+    config = resolve_model_data_config(model) | options
+    mean, std = (
+        torch.tensor(_for_channels(tuple(config[name]), model.in_chans))[:, None, None] for name in ("mean", "std")
+    )
+    images = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    return images.squeeze(-1).numpy()

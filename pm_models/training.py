@@ -121,16 +121,13 @@ def make_accelerator(
     """
     if tensorboard is not None and not is_tensorboard_available():
         raise ImportError("logs for TensorBoard need the package tensorboard: pip install tensorboard")
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=mixed_precision,
         cpu=cpu,
         log_with=None if tensorboard is None else "tensorboard",
         project_dir=tensorboard,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
-    if tensorboard is not None:
-        accelerator.init_trackers("")
-    return accelerator
 
 
 def classification_task(model: nn.Module, *, smoothing: float = 0.0) -> TrainingTask:
@@ -219,6 +216,8 @@ def fit(
         step_on_epochs=False,
     )
     progress = _load_state(accelerator, state_dir, recipe, task)
+    if accelerator.log_with:
+        accelerator.init_trackers("")
     results = progress.results
     for epoch in range(len(results), recipe.epochs):
         train_loader.set_epoch(epoch)
@@ -288,6 +287,8 @@ def fit(
         accelerator.log({name: value for name, value in asdict(results[-1]).items() if name != "epoch"}, step=epoch + 1)
         progress = _Progress(results)
         _save_state(accelerator, state_dir, recipe, task, progress)
+    if summary is not None and accelerator.is_main_process:  # a run that was stopped before its last line, too
+        write_atomically(summary, _summary(results).encode())
     accelerator.wait_for_everyone()
     task.trainable_module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if task.has_ema():
@@ -401,8 +402,9 @@ def _save_state(
         accelerator.save_state(str(new))
         if task.has_ema() and accelerator.is_main_process:
             save_model(task.trainable_module_ema.module, str(new / _EMA))
-    except (SafetensorError, RuntimeError) as error:  # torch's and safetensors' ways to say that a file was cut off
-        raise OSError(f"the state could not be written to {new}: {error}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # where the disk is full, torch says RuntimeError
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"the state could not be written to {new}; the one before it is untouched: {error}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         content = json.dumps(

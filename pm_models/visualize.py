@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -52,6 +53,21 @@ def save_plan_picture(plan: CompressionPlan, path: str | os.PathLike, image: np.
     """Write :func:`plan_figure` as a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         plan_figure(plan, image).savefig(temporary, format="png", dpi=150)
+
+
+def save_accuracy_picture(points: Mapping[str, tuple[float, float]], path: str | os.PathLike) -> None:
+    """Write a PNG of models by name, each at its throughput (images/s) and accuracy (percent)."""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, (speed, top1) in points.items():
+        axes.plot(speed, top1, "o", color=_KEPT)
+        axes.annotate(name, (speed, top1), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.margins(0.2)
+    axes.set_xlabel("images per second")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.ndarray | None) -> None:

@@ -1,5 +1,6 @@
 """The command line on small folders of images: the whole path, and every mistake's message."""
 
+import csv
 import json
 import re
 
@@ -17,6 +18,7 @@ from pm_models.measure import count_gmacs
 MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "32"]
 SHAPE = ["--model-kwargs", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2"]
 COMMON = ["-j", "0", "-b", "4", "--device", "cpu"]
+MODEL_FILES = {"config.json", "model.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +96,19 @@ def run(capsys, *arguments):
 
 
 def test_train_writes_a_model_and_its_history(dense):
-    assert {path.name for path in dense.iterdir()} == {"config.json", "model.safetensors", "training.json"}
+    assert {path.name for path in dense.iterdir()} == {*MODEL_FILES, "training.json", "summary.csv"}
     history = json.loads((dense / "training.json").read_text())
     assert history["recipe"]["lr"] == 2e-3
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2, 3, 4, 5, 6]
+    rows = list(csv.DictReader((dense / "summary.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [float(row["eval_top1"]) for row in rows] == [epoch["top1"] for epoch in history["epochs"]]
+    assert float(rows[-1]["lr"]) < float(rows[2]["lr"]) < 2e-3
     assert load_pretrained(dense).num_classes == 3
 
 
 def test_compress_writes_plan_and_picture(capsys, compressed):
-    assert {path.name for path in compressed.iterdir()} == {"config.json", "model.safetensors", "plan.json", "plan.png"}
+    assert {path.name for path in compressed.iterdir()} == {*MODEL_FILES, "plan.json", "plan.png"}
     model = load_pretrained(compressed)
     assert isinstance(model, PMVisionTransformer)
     assert CompressionPlan.load(compressed / "plan.json") == model.plan
@@ -142,7 +148,7 @@ def test_compress_to_a_budget(capsys, monkeypatch, data, dense, tmp_path):
         assert make_model(plan).plan == plan
         return Fit(plan, 0.5, 1.26)
 
-    monkeypatch.setattr("pm_models.cli.fit_speedup", fit)
+    monkeypatch.setattr("pm_models.commands.fit_speedup", fit)
     status, out, _ = run(capsys, *common, "--output", tmp_path / "speed", "--target-speedup", "1.25")
     assert status == 0
     assert re.search(r"keep rate 0\.500 for 1\.25 times the speed: 1\.260 times, measured at batch \d+ on", out)
@@ -301,13 +307,26 @@ MISTAKES = {
     "not a ViT": ([*COMPRESS, "--model", "resnet10t"], "must be a timm VisionTransformer .*got ResNet"),
     "rates": ([*COMPRESS, "--model", "{dense}", "--keep-rate", "0.95"], r"keep_rate \+ prune_rate must be at most 1"),
     "stages": ([*COMPRESS, "--model", "{dense}", "--stages", "0,7"], "stages must be"),
-    "compressed already": ([*COMPRESS, "--model", "{compressed}"], "model is compressed already"),
     "too few classes": (
         [*COMPRESS, *MODEL, *SHAPE, "--num-classes", "2"],
         "the data has 3 classes, but the model tells 2 apart",
     ),
-    "uncompressed": ([*FINETUNE, "{dense}"], "holds an uncompressed model; run pm-vit compress first"),
-    "not a folder": ([*FINETUNE, "{tmp}/nowhere"], "is no saved model: expected config.json and model.safetensors"),
+    "one class": (
+        ["train", "{one}", *MODEL, *SHAPE, "--output", "{tmp}/out"],
+        r"the data has 1 class \(cats\), expected at least 2",
+    ),
+    "other classes in validation": (
+        ["train", "{other}", *MODEL, *SHAPE, "--output", "{tmp}/out"],
+        "the splits of the data have different classes: cats, cows not in every one of them",
+    ),
+    "uncompressed": ([*FINETUNE, "{dense}"], "is uncompressed: give --keep-rate .* and --prune-rate, or a folder"),
+    "uncompressed, half told": ([*FINETUNE, "{dense}", "--keep-rate", "0.5"], "is uncompressed: give --keep-rate"),
+    "no model": ([*FINETUNE, "{tmp}/nowhere"], "nowhere is neither a saved folder nor a timm model"),
+    "not a folder": ([*FINETUNE, "{tmp}"], "is no saved model: expected config.json and model.safetensors"),
+    "output below a file": (
+        [*TRAIN, "--output", "{tmp}/foreign.pth/out"],
+        "--output {tmp}/foreign.pth/out cannot be written: .*Not a directory",
+    ),
     "finished output": (
         [*FINETUNE, "{compressed}", "--output", "{dense}"],
         "holds a finished model; choose another --output",
@@ -324,7 +343,15 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, data, dense, compressed
     torch.save({"weight": torch.ones(3)}, tmp_path / "foreign.pth")
     empty = tmp_path / "empty"
     (empty / "val" / "cats").mkdir(parents=True)
-    names = {"tmp": tmp_path, "data": data, "dense": dense, "compressed": compressed, "empty": empty}
+    for root, split, name in (
+        *(("one", split, "cats") for split in ("train", "val")),
+        *(("other", "train", name) for name in ("cats", "dogs")),
+        *(("other", "val", name) for name in ("cows", "dogs")),
+    ):
+        (tmp_path / root / split / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / root / split / name / "0.png")
+    names = {name: tmp_path / name for name in ("one", "other", "empty")}
+    names |= {"tmp": tmp_path, "data": data, "dense": dense, "compressed": compressed}
     arguments, message = MISTAKES[mistake]
     first, *rest = (argument.format(**names) for argument in arguments)
     status, _, err = run(capsys, first, *COMMON, *rest)
@@ -394,13 +421,13 @@ def test_a_run_stopped_while_it_saves_the_model_continues(capsys, data, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pm_models.cli.save_pretrained", interrupted)
+        patched.setattr("pm_models.commands.save_pretrained", interrupted)
         assert run(capsys, *arguments)[0] == 130
     assert not (output / "config.json").exists()
     status, out, err = run(capsys, *arguments)
     assert status == 0, err
     assert "continuing after epoch 1 of 1" in out
-    assert {path.name for path in output.iterdir()} == {"config.json", "model.safetensors", "training.json"}
+    assert {path.name for path in output.iterdir()} == {*MODEL_FILES, "training.json", "summary.csv"}
 
 
 def test_saved_model_of_another_kind_is_evaluated(capsys, data, dense, tmp_path):
