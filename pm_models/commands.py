@@ -184,7 +184,7 @@ def _compress_into(
         _write_json(output / _SUMMARY, {"command": "compress", "model": str(options.model)})
     plan.save(output / "plan.json")
     save_plan_picture(plan, output / "plan.png")
-    save_pretrained(compressed, output, model_args=options.model_kwargs)
+    save_pretrained(compressed, output, model_args=_model_args(options))
     size = input_size(plain)
     before, after = count_gmacs(plain, size), count_gmacs(compressed, size)
     print(plan)
@@ -292,7 +292,7 @@ def _fit_and_save(
         _save_pictures(options, model, eval_set, rows)
     _write_json(options.output / _SUMMARY, summary | {"models": rows})
     # Last, as the model's configuration is what tells a finished run from one to continue.
-    save_pretrained(model, options.output, model_args=options.model_kwargs)
+    save_pretrained(model, options.output, model_args=_model_args(options))
     for state in (_STATE, f"{_STATE}.old"):  # the model is saved: nothing is left to continue
         shutil.rmtree(options.output / state, ignore_errors=True)
     print(compare(rows))
@@ -423,6 +423,11 @@ def _named_model(options: argparse.Namespace, classes: list[str] | None) -> Visi
         except (RuntimeError, KeyError, AttributeError) as error:
             raise ValueError(f"{options.checkpoint} does not hold the weights of {options.model}: {error}") from error
     return model
+
+
+def _model_args(options: argparse.Namespace) -> dict[str, object]:
+    """What a named model was made with; a saved folder tells that itself."""
+    return {} if Path(options.model).is_dir() else options.model_kwargs
 
 
 def _warn_of_random_weights(options: argparse.Namespace) -> None:

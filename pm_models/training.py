@@ -400,17 +400,17 @@ def _save_state(
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(new))
-        if task.has_ema() and accelerator.is_main_process:
+        if accelerator.is_main_process and task.has_ema():
             save_model(task.trainable_module_ema.module, str(new / _EMA))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            values = {"recipe": asdict(recipe), "files": _digests(new), **progress.to_dict()}
+            content = json.dumps(values, indent=2).encode()
+            write_atomically(new / _PROGRESS, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
     except (OSError, SafetensorError, RuntimeError) as error:  # where the disk is full, torch says RuntimeError
         shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"the state could not be written to {new}; the one before it is untouched: {error}") from error
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        content = json.dumps(
-            {"recipe": asdict(recipe), "files": _digests(new), **progress.to_dict()}, indent=2
-        ).encode()
-        write_atomically(new / _PROGRESS, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
         if state.exists():
             shutil.rmtree(old, ignore_errors=True)
             state.rename(old)

@@ -3,17 +3,24 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+import pm_models
 from pm_models import CompressionPlan, PMVisionTransformer, load_pretrained, save_pretrained
 from pm_models.budget import Fit
 from pm_models.cli import main
+from pm_models.config import shipped_configs
 from pm_models.measure import count_gmacs
+from pm_models.training import distillation_task
+from pm_models.vision_transformer import check_vision_transformer
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "32"]
 SHAPE = ["--model-kwargs", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2"]
@@ -183,6 +190,168 @@ def test_finetune_and_eval(capsys, data, compressed, tmp_path):
     assert status == 2
     assert "is fine-tuned already" in err
     assert "--teacher" in err
+
+
+def test_finetune_compresses_first(capsys, data, dense, tmp_path):
+    """One command from a trained model to a compressed one; stopped and started again it plans nothing anew."""
+    arguments = ["finetune", data, "--model", dense, *COMMON, "--output", tmp_path / "tuned", "--epochs", "1"]
+    rates = ["--keep-rate", "0.5", "--prune-rate", "0.2", "--score-batches", "3"]
+    status, out, err = run(capsys, *arguments, *rates, "--model-ema", "--log-tensorboard")
+    assert status == 0, err
+    tuned, compressed = load_pretrained(tmp_path / "tuned"), load_pretrained(tmp_path / "tuned" / "compressed")
+    assert tuned.plan == compressed.plan
+    assert max(tuned.plan.tokens) < 17
+    weights = load_pretrained(dense).state_dict()
+    assert all(torch.equal(compressed.state_dict()[name], weights[name]) for name in weights)
+    pictures = {"accuracy.png", "plan-1.png", "plan-2.png", "plan-3.png"}
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
+        *MODEL_FILES, *pictures, "training.json", "summary.csv", "compressed", "logs"
+    }  # fmt: skip
+    for picture in pictures:
+        assert np.asarray(Image.open(tmp_path / "tuned" / picture)).std() > 0
+    models = json.loads((tmp_path / "tuned" / "training.json").read_text())["models"]
+    assert models["dense"]["tokens"] == [17, 17, 17]
+    assert models["finetune"]["tokens"] == list(tuned.plan.tokens)
+    (tmp_path / "tuned" / "config.json").unlink()  # as if it had been stopped just before its end
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert "GMACs per image" not in out
+
+
+def test_another_round_of_compression(capsys, data, dense, compressed, tmp_path):
+    tuned, again = tmp_path / "tuned", tmp_path / "again"
+    assert run(capsys, "finetune", data, "--model", compressed, *COMMON, "--output", tuned, "--epochs", "1")[0] == 0
+    rates = ["--keep-rate", "0.3", "--prune-rate", "0.3", "--score-batches", "3"]
+    status, _, err = run(capsys, "compress", data, "--model", tuned, *COMMON, "--output", again, *rates)
+    assert status == 0, err
+    before, after = load_pretrained(tuned), load_pretrained(again)
+    assert sum(after.plan.tokens) < sum(before.plan.tokens)
+    assert torch.equal(after.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
+    arguments = ["finetune", data, "--model", again, *COMMON, "--output", tmp_path / "end", "--epochs", "1"]
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "name the uncompressed model's folder with --teacher" in err
+    status, _, err = run(capsys, *arguments, "--teacher", dense)
+    assert status == 0, err
+
+
+def test_random_weights_are_warned_of(capsys, data, tmp_path):
+    rates = ["--keep-rate", "0.5", "--prune-rate", "0.2", "--score-batches", "1"]
+    status, _, err = run(capsys, "compress", data, *MODEL, *SHAPE, *COMMON, "--output", tmp_path / "m", *rates)
+    assert status == 0
+    assert "pm-vit: warning: vit_tiny_patch16_224 has random weights: name a folder" in err
+    status, _, err = run(capsys, "eval", data, *MODEL, *SHAPE, *COMMON, "--num-classes", "5")
+    assert status == 0
+    assert "pm-vit: warning: the data has 3 classes, but the model tells 5 apart" in err
+
+
+CONFIG = """
+model: vit_tiny_patch16_224
+img_size: 32
+model_kwargs: {patch_size: 8, embed_dim: 32, depth: 3, num_heads: 2}
+keep_rate: 0.5
+prune_rate: 0.1
+epochs: 3
+warmup_epochs: 0
+lr_base: 1e-3
+lr_base_size: 8
+scale: [0.5, 1.0]
+mixup: 0.5
+model_ema: true
+aa: null
+"""
+
+
+def test_options_from_a_file(capsys, data, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    output = tmp_path / "dense"
+    status, _, err = run(
+        capsys, "train", data, "-c", config, *COMMON, "--output", output, "--epochs", "2", "--grad-accum-steps", "4"
+    )
+    assert status == 0, err
+    recipe = json.loads((output / "training.json").read_text())["recipe"]
+    assert recipe["epochs"] == 2
+    assert recipe["lr"] == 1e-3 * 4 * 4 / 8
+    assert (recipe["mixup"], recipe["cutmix"], recipe["model_ema_decay"]) == (0.5, 0.0, 0.9998)
+    model = load_pretrained(output)
+    assert (model.embed_dim, len(model.blocks)) == (32, 3)
+    arguments = ["compress", data, "--config", config, "--model", output, *COMMON, "--score-batches", "1", "--output"]
+    assert run(capsys, *arguments, tmp_path / "by file")[0] == 0
+    gmacs = 0.8 * count_gmacs(model, (3, 32, 32))
+    status, out, err = run(capsys, *arguments, tmp_path / "by hand", "--target-gmacs", gmacs)
+    assert status == 0, err
+    assert f"for {gmacs:g} GMACs" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch: 3", "epoch: no such option"),
+        ("data_dir: x", "data_dir: no such option"),
+        ("config: x", "config: no such option"),
+        ("- 3", "expected options and values, such as epochs: 30, got list"),
+        ("epochs: [", "is no YAML file"),
+        ("epochs: three", "epochs: invalid literal for int"),
+        ("epochs: 0", "epochs: must be at least 1, got 0"),
+        ("epochs: [3]", "epochs takes one value, got [3]"),
+        ("scale: 0.3", "scale takes 2 values, got 0.3"),
+        ("scale: [1]", "scale takes 2 values, got [1]"),
+        ("lr: {a: 1}", "lr takes no names and values"),
+        ("model_ema: 3", "model_ema must be true or false, got 3"),
+        ("lr_base_scale: cubic", "lr_base_scale must be one of linear, sqrt, got 'cubic'"),
+    ],
+)
+def test_mistakes_in_a_file_of_options(capsys, data, tmp_path, content, message):
+    (tmp_path / "c.yaml").write_text(content)
+    status, _, err = run(
+        capsys, "train", data, "--config", tmp_path / "c.yaml", *MODEL, *COMMON, "--output", tmp_path / "o"
+    )
+    assert status == 2
+    assert err.startswith("pm-vit train: error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_exclusive_options_in_a_file(capsys, data, tmp_path):
+    (tmp_path / "c.yaml").write_text("keep_rate: 0.5\ntarget_gmacs: 1.0")
+    status, _, err = run(
+        capsys, "compress", data, "--config", tmp_path / "c.yaml", *MODEL, "--prune-rate", "0", "--output", tmp_path
+    )
+    assert status == 2
+    assert "only one of keep_rate, target_gmacs, target_speedup can be given" in err
+
+
+def test_no_such_recipe(capsys, data, tmp_path):
+    status, _, err = run(capsys, "finetune", data, "--config", "deit_smal", "--output", tmp_path / "o")
+    assert status == 2
+    assert "no file deit_smal, and no recipe of that name: there are augreg_base, deit_base" in err
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_recipes(capsys, data, dense, tmp_path, name):
+    """Each is the whole of a command: with the data, the model and the folder it runs, on four images a step."""
+    alpha = {"deit_tiny": 0.8}.get(name, 1.0)
+    small = ["-j", "0", "-b", "4", "--device", "cpu", "--no-amp", "--epochs", "1", "--score-batches", "1"]
+    arguments = ["finetune", data, "--config", name, "--model", dense, *small, "--output", tmp_path / "o"]
+    found = {}
+
+    def task(*models, **options):
+        found.update(options)
+        return distillation_task(*models, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pm_models.commands.distillation_task", task)
+        status, _, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert found == {"alpha": alpha, "temperature": 20.0, "smoothing": 0.1}
+    recipe = json.loads((tmp_path / "o" / "training.json").read_text())["recipe"]
+    assert recipe["lr"] == pytest.approx(1e-4 * 4 / 512)
+    assert (recipe["opt"], recipe["weight_decay"], recipe["mixup"]) == ("adamw", 1e-3, 0.8)
+    values = yaml.safe_load((Path(pm_models.__file__).parent / "recipes" / f"{name}.yaml").read_text())
+    assert (values["keep_rate"], values["prune_rate"], values["epochs"]) == (0.7, 0.1, 30)
+    with torch.device("meta"):
+        check_vision_transformer(timm.create_model(values["model"], **values.get("model_kwargs", {})))
 
 
 def test_mixed_precision_and_checkpointing(capsys, data, compressed, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
 import shutil
 
@@ -81,13 +82,177 @@ def same_run(results, expected, task, whole):
     assert all(torch.equal(continued, uninterrupted) for continued, uninterrupted in pairs)
 
 
+class Recorded(contextlib.AbstractContextManager):
+    """What reaches the task in each step, and the weights that it meets there."""
+
+    def __init__(self, task):
+        self.images, self.targets, self.weights = [], [], []
+        self._hook = task.register_forward_pre_hook(self._keep)
+
+    def _keep(self, task, batch):
+        self.images.append(batch[0].clone())
+        self.targets.append(batch[1].clone())
+        self.weights.append([parameter.detach().clone() for parameter in task.trainable_module.parameters()])
+
+    def __exit__(self, *_):
+        self._hook.remove()
+
+
+def in_order(model, images, batch):
+    data = TensorDataset(images_for(model, images), torch.randint(0, 7, (images,)))
+    return DataLoader(data, batch), DataLoader(data, 10), data
+
+
+def weights_of(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_accumulated_gradients_are_those_of_one_batch(accelerator):
+    """Steps of the optimiser from 4 + 4 + 4 and 4 + 3 images, the rest of an epoch, by plain PyTorch."""
+    start = small_vit(depth=1)
+    train, evaluation, data = in_order(start, 19, 4)
+    recipe = Recipe(epochs=2, lr=1e-2, opt="sgd", weight_decay=0.0, clip_grad=None, grad_accum_steps=3)
+    model, expected = copy.deepcopy(start), copy.deepcopy(start).train()
+    fit(classification_task(model), train, evaluation, recipe, accelerator=accelerator)
+    optimizer = torch.optim.SGD(expected.parameters(), momentum=0.9, nesterov=True)
+    images, targets = data.tensors
+    parts = [[slice(0, 4), slice(4, 8), slice(8, 12)], [slice(12, 16), slice(16, 19)]]
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 4)) / 2
+        losses = [F.cross_entropy(expected(images[part]), targets[part]) for part in parts[step % 2]]
+        optimizer.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights_of(model), weights_of(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_the_moving_average_is_evaluated_and_left_in_the_model(accelerator):
+    start = small_vit(depth=1)
+    train, evaluation, _ = in_order(start, 24, 8)
+    plain = Recipe(epochs=2, lr=1e-3, opt="sgd")
+    task = classification_task(copy.deepcopy(start))
+    with Recorded(task) as steps:
+        fit(task, train, evaluation, plain, accelerator=accelerator)
+    after = [torch.cat([value.flatten() for value in values]) for values in steps.weights[1:]]
+    after.append(weights_of(task.trainable_module))
+    average = after[0]
+    for weights in after[1:]:
+        average = 0.9 * average + 0.1 * weights
+    task = classification_task(copy.deepcopy(start))
+    results = fit(task, train, evaluation, dataclasses.replace(plain, model_ema_decay=0.9), accelerator=accelerator)
+    torch.testing.assert_close(weights_of(task.trainable_module), average, rtol=1e-5, atol=1e-6)
+    assert not task.has_ema()
+    found = evaluate(task.trainable_module, evaluation, accelerator=accelerator)
+    assert (results[-1].loss, results[-1].top1) == (found["loss"], found["top1"])
+
+
+def test_mixed_images_have_mixed_targets(accelerator):
+    """Of every batch, image i is ``t * x_i + (1 - t) * x_-i`` where its target says so, or cut from both."""
+    model = small_vit(depth=1)
+    train, evaluation, data = in_order(model, 24, 8)
+    task = classification_task(model)
+    with Recorded(task) as steps:
+        recipe = Recipe(epochs=6, lr=1e-4, mixup=0.8, cutmix=1.0)
+        fit(task, train, evaluation, recipe, accelerator=accelerator)
+    images, targets = data.tensors
+    blended = cut = 0
+    for step, (mixed, soft) in enumerate(zip(steps.images, steps.targets, strict=True)):
+        part = slice(8 * (step % 3), 8 * (step % 3) + 8)
+        own, other = images[part], images[part].flip(0)
+        ones = F.one_hot(targets[part], 7).float()
+        assert soft.shape == (8, 7)
+        lam = ((soft - ones.flip(0)) * (ones - ones.flip(0))).sum() / (ones - ones.flip(0)).square().sum()
+        torch.testing.assert_close(soft, lam * ones + (1 - lam) * ones.flip(0))
+        if torch.allclose(mixed, lam * own + (1 - lam) * other, atol=1e-5):
+            blended += 1
+        else:
+            assert ((mixed == own) | (mixed == other)).all()
+            assert (mixed == own).float().mean().item() == pytest.approx(lam.item(), abs=1e-5)
+            cut += 1
+    assert blended > 2
+    assert cut > 2
+
+
+def test_odd_batches_cannot_be_mixed(accelerator):
+    model = small_vit(depth=1)
+    train, evaluation, _ = in_order(model, 6, 3)
+    with pytest.raises(ValueError, match="mixup and cutmix pair a batch's images: expected an even number, got 3"):
+        fit(classification_task(model), train, evaluation, Recipe(epochs=1, lr=1.0, mixup=0.1), accelerator=accelerator)
+
+
+def test_layer_decay_slows_the_first_blocks_and_their_matrices(accelerator):
+    dense = small_vit(depth=3)
+    model = compress(dense, plan_for(dense))
+    before = copy.deepcopy(model.state_dict())
+    train, evaluation, _ = in_order(dense, 16, 8)
+    recipe = Recipe(epochs=1, lr=1e-2, layer_decay=0.03, weight_decay=0.0)
+    fit(classification_task(model), train, evaluation, recipe, accelerator=accelerator)
+    moved = {name: (value - before[name]).abs().max() for name, value in model.state_dict().items()}
+    for module in ("blocks.{}.mlp.fc1.weight", "stages.{}.merge"):
+        first, second, last = (moved[module.format(block)] for block in range(3))
+        assert 0 < first < 0.1 * second
+        assert second < 0.1 * last
+    assert moved["head.weight"] > moved["blocks.2.mlp.fc1.weight"]
+
+
+def test_the_summary_has_every_epoch(accelerator, tmp_path):
+    model = small_vit(depth=1)
+    results = fit(
+        classification_task(model), *loaders(model), Recipe(epochs=3, lr=1e-3), accelerator=accelerator,
+        summary=tmp_path / "summary.csv",
+    )  # fmt: skip
+    header, *rows = (tmp_path / "summary.csv").read_text().splitlines()
+    assert header == "epoch,train_loss,train_top1,eval_loss,eval_top1,eval_top5,lr,samples_per_sec"
+    assert [[float(value) for value in row.split(",")] for row in rows] == [
+        [r.epoch, r.train_loss, r.train_top1, r.loss, r.top1, r.top5, r.lr, r.images_per_second] for r in results
+    ]
+
+
+def test_logs_for_tensorboard(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model = small_vit(depth=1)
+    accelerator = make_accelerator(cpu=True, tensorboard=tmp_path)
+    results = fit(classification_task(model), *loaders(model), Recipe(epochs=2, lr=1e-3), accelerator=accelerator)
+    accelerator.end_training()
+    found = events.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in found.Scalars("top1")] == [1, 2]
+    assert [event.value for event in found.Scalars("train_loss")] == pytest.approx([r.train_loss for r in results])
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_state_before(accelerator, tmp_path):
+    """No file may grow past the limit, as where the disk is full: the run ends, and later continues."""
+    resource = pytest.importorskip("resource")
+    start = small_vit(depth=2)
+    data = loaders(start)
+    recipe = Recipe(epochs=3, lr=1e-3)
+    whole = classification_task(copy.deepcopy(start))
+    expected = fit(whole, *data, recipe, accelerator=accelerator)
+    task, options = classification_task(copy.deepcopy(start)), {"state_dir": tmp_path / "state"}
+    killed_after(start, 4, data, recipe, accelerator, **options)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("model.safetensors", "optimizer.bin"):
+        limit = (tmp_path / "state" / name).stat().st_size - 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"could not be written to .*state\.new; the one before it is untouched"):
+                fit(classification_task(copy.deepcopy(start)), *data, recipe, accelerator=accelerator, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    results = fit(task, *data, recipe, accelerator=accelerator, **options)
+    same_run(results, expected, task, whole)
+
+
 @pytest.mark.parametrize("happened", ["", "while replacing the state", "newest damaged", "progress damaged"])
 @pytest.mark.parametrize(("steps", "interval"), [(7, 0), (7, 2), (8, 1), (5, 1), (1, 2)])
-def test_a_stopped_run_continues_as_if_it_had_not_been(accelerator, tmp_path, steps, interval, happened):
-    """Three steps an epoch, with random depth, stopped anywhere: the same losses and the same weights, bit for bit."""
+@pytest.mark.parametrize(
+    "more", [{}, {"model_ema_decay": 0.9, "grad_accum_steps": 2, "mixup": 0.8, "cutmix": 1.0}], ids=["", "more"]
+)
+def test_a_stopped_run_continues_as_if_it_had_not_been(accelerator, tmp_path, steps, interval, happened, more):
+    """Three batches an epoch, with random depth, stopped anywhere: the same losses and weights, bit for bit."""
     start = small_vit(depth=2, drop_path_rate=0.2)
     data = loaders(start)
-    recipe = Recipe(epochs=4, lr=1e-3, warmup_epochs=1)
+    recipe = Recipe(epochs=4, lr=1e-3, warmup_epochs=1, **more)
     whole = classification_task(copy.deepcopy(start))
     expected = fit(whole, *data, recipe, accelerator=accelerator, state_dir=tmp_path / "whole")
     state, old = tmp_path / "state", tmp_path / "state.old"
@@ -170,6 +335,13 @@ def test_errors(accelerator):
         ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
         ({"warmup_epochs": 3}, "warmup_epochs must be at least 0 and below epochs = 3, got 3"),
         ({"clip_grad": 0.0}, "clip_grad must be above 0, got 0.0"),
+        ({"warmup_lr": -1.0}, "warmup_lr must be at least 0, got -1.0"),
+        ({"min_lr": 1.0}, "min_lr must be at least 0 and at most lr = 0.001, got 1.0"),
+        ({"layer_decay": 1.5}, "layer_decay must be above 0 and at most 1, got 1.5"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps must be at least 1, got 0"),
+        ({"model_ema_decay": 1.0}, "model_ema_decay must be above 0 and below 1, got 1.0"),
+        ({"mixup": -0.1}, "mixup must be at least 0, got -0.1"),
+        ({"cutmix": math.nan}, "cutmix must be at least 0, got nan"),
     ],
 )
 def test_bad_recipes(change, message):
