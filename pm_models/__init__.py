@@ -2,6 +2,7 @@
 
 from .checkpoints import load_authors_checkpoint, load_pretrained, save_pretrained
 from .plan import CompressionPlan, StagePlan
+from .registry import register_models
 from .scoring import score_tokens
 from .vision_transformer import PMVisionTransformer, compress
 
@@ -15,3 +16,5 @@ __all__ = [
     "save_pretrained",
     "score_tokens",
 ]
+
+register_models()

@@ -58,6 +58,9 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
                 "size_bias": model.size_bias,
                 "merge_site": model.merge_site,
             }
+            # Where timm made it under a name of ours, it recorded these too: the model itself is who tells them.
+            recorded = getattr(model, "_model_args", {})
+            model._model_args = {name: recorded[name] for name in recorded if name not in extra["compression"]}
         try:
             save_for_hf(model, staging, model_config=extra, model_args=model_args, safe_serialization=True)
         except SafetensorError as error:
