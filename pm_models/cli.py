@@ -224,6 +224,12 @@ def _add_compression(parser: argparse.ArgumentParser, *, required: bool) -> None
         help="a merged token is the weighted sum (the paper) or average of its patches (%(default)s)",
     )
     group.add_argument(
+        "--segments",
+        choices=("raster", "nearest"),
+        default="raster",
+        help="merge into the nearer kept patch along the row (the paper) or the nearest in the grid (%(default)s)",
+    )
+    group.add_argument(
         "--stages",
         type=_stages,
         help="blocks that share merged tokens, such as 3-5,6-8; blocks left out stay uncompressed (each block its own)",

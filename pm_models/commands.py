@@ -157,6 +157,7 @@ def _compress_into(
         num_prefix_tokens=plain.num_prefix_tokens,
         allocation=options.allocation,
         row_weights=options.row_weights,
+        segments=options.segments,
         stages=options.stages,
     )
     make_model = partial(

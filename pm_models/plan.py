@@ -107,6 +107,7 @@ class CompressionPlan:
         *,
         allocation: str = "global",
         row_weights: str = "sum",
+        segments: str = "raster",
         stages: Sequence[tuple[int, int]] | None = None,
     ) -> "CompressionPlan":
         """Threshold scores into a plan (arXiv 2503.23455, section 3; segments as in the authors' code).
@@ -116,13 +117,15 @@ class CompressionPlan:
             grid: (h, w) patches.
             keep_rate: fraction of all patches whose scores make them tokens of their own.
             prune_rate: fraction of all patches, from the lowest score up, that skip the block.
-                What is neither kept nor pruned is merged into a kept neighbour in raster order.
+                What is neither kept nor pruned is merged into a kept neighbour.
             layer_decay: block ``l``'s normalised scores are multiplied by ``1 - layer_decay * l``.
             num_prefix_tokens: tokens before the patches.
             allocation: ``"global"``: one pair of thresholds for all stages, so that each finds its own number of
                 tokens; ``"layer"``: the rates hold in every stage.
             row_weights: ``"sum"``: a merged token is the sum of its patches, each weighted by its score over the
                 kept patch's (the authors' choice); ``"average"``: the same weights scaled to sum 1.
+            segments: which kept patch takes what is merged: ``"raster"``: the nearer one along its row (the authors'
+                choice); ``"nearest"``: the nearest in the grid, the first of several in raster order.
             stages: (first, last) blocks of each stage, inclusive, scored by its first block;
                 ``None`` makes every block a stage of its own.
 
@@ -142,6 +145,7 @@ class CompressionPlan:
             raise ValueError(f"scores must be finite and nonnegative, got NaN, infinite or negative in layer {layer}")
         _check_choice("allocation", allocation, ("global", "layer"))
         _check_choice("row_weights", row_weights, ("sum", "average"))
+        _check_choice("segments", segments, ("raster", "nearest"))
         if not 0 < keep_rate <= 1:
             raise ValueError(f"keep_rate must be above 0 and at most 1, got {keep_rate}")
         if not 0 <= prune_rate < 1:
@@ -177,7 +181,7 @@ class CompressionPlan:
             depth=depth,
             num_prefix_tokens=num_prefix_tokens,
             stages=tuple(
-                _stage_plan(first, last, layer, kept, pruned, grid[1], row_weights)
+                _stage_plan(first, last, layer, kept, pruned, grid, row_weights, segments)
                 for (first, last), layer, (kept, pruned) in zip(bounds, scores, labelled, strict=True)
             ),
         )
@@ -351,25 +355,45 @@ def _label(scores: Tensor, keep: float, prune: float) -> tuple[Tensor, Tensor]:
 
 
 def _stage_plan(
-    first: int, last: int, scores: Tensor, kept: Tensor, pruned: Tensor, width: int, row_weights: str
+    first: int,
+    last: int,
+    scores: Tensor,
+    kept: Tensor,
+    pruned: Tensor,
+    grid: tuple[int, int],
+    row_weights: str,
+    segments: str,
 ) -> StagePlan:
-    centres = kept.nonzero().squeeze(1).tolist()
-    segments = torch.full((len(scores),), -1)
-    weights = torch.zeros(len(scores), dtype=torch.float64)
-    left = 0
-    for index, centre in enumerate(centres):
-        right = len(scores)
-        if index + 1 < len(centres):
-            halfway = -(-(centre + centres[index + 1]) // 2)
-            right = min(halfway, ((centre + 1) // width + 1) * width)
-        members = torch.arange(left, right)
-        members = members[~pruned[members]]
-        segments[members] = index
-        # A layer of zeros keeps one patch of score 0; its members, zero like it, weigh as much.
-        row = scores[members] / scores[centre] if scores[centre] > 0 else torch.ones_like(scores[members])
-        weights[members] = row / row.sum() if row_weights == "average" else row
+    centres = kept.nonzero().squeeze(1)
+    into = _nearest(centres, grid) if segments == "nearest" else _along_rows(centres, grid)
+    of_centres = scores[centres[into]]
+    # A layer of zeros keeps one patch of score 0; its members, zero like it, weigh as much.
+    weights = torch.where(of_centres > 0, scores / of_centres, 1.0).masked_fill(pruned, 0.0)
+    if row_weights == "average":
+        weights = weights / torch.zeros_like(scores).index_add(0, into, weights)[into]
+    into[pruned] = -1
+    return StagePlan(first, last, tuple(into.tolist()), tuple(weights.float().tolist()))
+
+
+def _along_rows(centres: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The index among ``centres`` that each patch goes to: segments of the raster, cut at the row's end."""
+    into = torch.empty(grid[0] * grid[1], dtype=torch.long)
+    found, left = centres.tolist(), 0
+    for index, centre in enumerate(found):
+        right = len(into)
+        if index + 1 < len(found):
+            halfway = -(-(centre + found[index + 1]) // 2)
+            right = min(halfway, ((centre + 1) // grid[1] + 1) * grid[1])
+        into[left:right] = index
         left = right
-    return StagePlan(first, last, tuple(segments.tolist()), tuple(weights.float().tolist()))
+    return into
+
+
+def _nearest(centres: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Likewise the nearest in the grid, the first of several."""
+    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).view(-1, 2)
+    distances = (places[:, None] - places[centres]).square().sum(dim=-1)
+    return distances.argmin(dim=1)
 
 
 def _check_grid(grid: tuple[int, int]) -> None:

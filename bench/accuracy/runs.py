@@ -108,6 +108,7 @@ def _variants(setting: Setting) -> list[Run]:
             ("fixed matrices", {}, {"train_matrices": None}),
             ("merge in attention", {}, {"merge_site": "attention"}),
             ("rates in every block", {"allocation": "layer"}, {}),
+            ("nearest in the grid", {"segments": "nearest"}, {}),
             ("two stages", {"stages": stages}, {}),
             ("nothing pruned", {"prune_rate": 0.0}, {}),
         )

@@ -77,6 +77,31 @@ def test_average_rows_sum_to_one_in_the_same_segments():
         torch.testing.assert_close(average.merge_matrix(block), merge / merge.sum(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize("grid", [(7, 5), (1, 9), (9, 1), (4, 4)])
+def test_nearest_segments(grid):
+    height, width = grid
+    scores = torch.rand(3, height * width)
+    raster = CompressionPlan.from_scores(scores, grid, 0.3, 0.2)
+    nearest = CompressionPlan.from_scores(scores, grid, 0.3, 0.2, segments="nearest")
+    assert nearest.tokens == raster.tokens
+    moved = 0
+    for block, (stage, other) in enumerate(zip(nearest.stages, raster.stages, strict=True)):
+        assert [s == -1 for s in stage.segments] == [s == -1 for s in other.segments]
+        kept = [
+            next(p for p, (s, w) in enumerate(zip(other.segments, other.weights, strict=True)) if s == t and w == 1)
+            for t in range(stage.merged_patches)
+        ]
+        for patch, (segment, weight) in enumerate(zip(stage.segments, stage.weights, strict=True)):
+            if segment == -1:
+                continue
+            row, column = divmod(patch, width)
+            distances = [(row - k // width) ** 2 + (column - k % width) ** 2 for k in kept]
+            assert segment == distances.index(min(distances))
+            assert weight == pytest.approx(float(scores[block, patch] / scores[block, kept[segment]]))
+            moved += segment != other.segments[patch]
+    assert moved or min(grid) == 1
+
+
 def test_stages_share_the_scores_of_their_first_block():
     scores = torch.rand(6, 35)
     plan = CompressionPlan.from_scores(scores, (7, 5), 0.5, 0.2, stages=[(1, 2), (4, 4)], allocation="layer")
@@ -144,6 +169,7 @@ def test_repr_tells_a_person():
         ({"grid": 7}, r"grid must be two positive integers"),
         ({"grid": (7, -5)}, r"grid must be two positive integers"),
         ({"allocation": "block"}, r"allocation must be one of 'global', 'layer', got 'block'"),
+        ({"segments": "rows"}, r"segments must be one of 'raster', 'nearest', got 'rows'"),
         ({"row_weights": "mean"}, r"row_weights must be one of 'sum', 'average', got 'mean'"),
         ({"stages": [(0, 2)]}, r"stages must be \(first, last\) blocks .* within 0..1, got \[\(0, 2\)\]"),
         ({"stages": [(1, 1), (0, 0)]}, r"in order, without overlap"),
