@@ -2,10 +2,11 @@
 
     python -m bench.report
 
-rewrites bench/results/README.md, the plots beside the result files, and the table of the README. A file that was edited
-after it was written, or measured on other kernels than these, is said to be so.
+rewrites bench/results/README.md, the plots beside the result files, and the tables of the README. A file that was
+edited after it was written, or measured on other kernels than these, is said to be so.
 """
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from . import results
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+ACCURACY_FILE = "accuracy_cifar10.json"
 MODEL_PEERS = ("dense_autotuned", "dense_eager", "literal", "ideal", "tome", "evit", "dynamicvit")
-_START, _END = "<!-- table of bench/results -->\n", "<!-- end -->"
+SPEED, ACCURACY = "table of bench/results", "accuracy of bench/results"
+_END = "<!-- end -->"
 
 
 def devices(folder: Path = results.FOLDER) -> list[Path]:
@@ -68,6 +71,57 @@ def traffic_table(content: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def accuracy_table(content: dict, variants: bool = True) -> str:
+    """Markdown: speed and accuracy of each model, the mean of its seeds, and its drop to the dense one."""
+    lines = [
+        "| model | GMACs | speed | top-1 before fine-tuning | fine-tuned | to dense fine-tuned alike | seeds |",
+        "|---|" + "---:|" * 6,
+    ]
+    models = accuracies(content["records"])
+    dense = models["dense"]["top1"]
+    for name, model in models.items():
+        if model["variant"] and not variants:
+            continue
+        cells = [
+            name, f"{model['gmacs']:.3g}", f"{model['speedup']:.2f}x", f"{model['top1_before']:.2f}%",
+            f"{model['top1']:.2f}%", f"{model['top1'] - dense:+.2f}", str(model["seeds"]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def accuracies(records: list[dict]) -> dict[str, dict]:
+    """Each model by name, with the means of its seeds; variants last."""
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        parts = [record["method"].replace("_", " ")]
+        parts += [f"{record['keep_rate']:g}"] if record["keep_rate"] else []
+        parts += [f"{record['image']} px"] if record["image"] else []
+        name = " ".join(parts) + (f", {record['variant']}" if record["variant"] else "")
+        groups.setdefault(name, []).append(record)
+    ordered = sorted(groups.items(), key=lambda item: bool(item[1][0]["variant"]))
+    return {
+        name: {
+            **{key: found[0][key] for key in ("method", "keep_rate", "variant", "gmacs", "speedup")},
+            **{key: statistics.mean(record[key] for record in found) for key in ("top1_before", "top1")},
+            "seeds": len(found),
+        }
+        for name, found in ordered
+    }
+
+
+def accuracy_note(content: dict) -> str:
+    """What was trained, in a sentence or two."""
+    setting, trained = content["setting"], content["dense_epochs"][-1]
+    patches = (setting["image"] // setting["patch"]) ** 2
+    return (
+        f"CIFAR-10, a ViT of {setting['depth']} blocks of width {setting['width']} on {patches} patches and a class "
+        f"token: {setting['epochs']} epochs from scratch ({trained['top1']:.2f}%), then "
+        f"{setting['tune_epochs']} epochs of fine-tuning for every model, the dense one too, distilling from the dense "
+        f"one; prune rate 0.1. Speed is that of inference at batch {setting['batch']}, over the dense model's."
+    )
+
+
 def origin(content: dict, wrong: str) -> str:
     """What was measured, when, on what."""
     facts = [content["device"]]
@@ -85,11 +139,22 @@ def readme_block(folder: Path = results.FOLDER) -> str:
     return f"{model_table(content)}\n{origin(content, wrong)}\n{note}"
 
 
-def with_table(readme: str, block: str) -> str:
-    """The README's text with its table replaced."""
-    before, rest = readme.split(_START)
+def accuracy_block(folder: Path = results.FOLDER) -> str:
+    """The README's other table, likewise."""
+    found = [path for device in devices(folder) if (path := device / ACCURACY_FILE).exists()]
+    if not found:
+        return "Not measured yet.\n"
+    content, wrong = results.read(found[0])
+    picture = (found[0].parent / "accuracy.png").relative_to(ROOT)
+    table = accuracy_table(content, variants=False)
+    return f"{table}\n{accuracy_note(content)} {origin(content, wrong)}\n\n![Accuracy against speed]({picture})\n"
+
+
+def with_table(readme: str, marker: str, block: str) -> str:
+    """The README's text with the table after a marker replaced."""
+    before, rest = readme.split(f"<!-- {marker} -->\n")
     _, after = rest.split(_END, 1)
-    return before + _START + block + _END + after
+    return f"{before}<!-- {marker} -->\n{block}{_END}{after}"
 
 
 def whole_report(folder: Path) -> str:
@@ -102,6 +167,13 @@ def whole_report(folder: Path) -> str:
 def _sections(folder: Path) -> Iterator[str]:
     for device in devices(folder):
         yield f"\n## {device.name}"
+        if (device / ACCURACY_FILE).exists():
+            content, wrong = results.read(device / ACCURACY_FILE)
+            yield (
+                f"\n### accuracy\n\n`python -m bench.accuracy DATA --work FOLDER`: {accuracy_note(content)} "
+                f"{origin(content, wrong)}\n\n{accuracy_table(content)}"
+            )
+            yield f"![Accuracy against speed]({device.name}/accuracy.png)\n"
         for suite, table in (("model", model_table), ("attention", op_table), ("transition", op_table)):
             path = device / f"{suite}.json"
             if not path.exists():
@@ -190,8 +262,24 @@ class Plot:
         axes.invert_yaxis()
         axes.set_xlabel("share of the floor that bytes and FLOPs set")
 
+    @staticmethod
+    def _accuracy(axes: object, records: list[dict]) -> None:
+        models = accuracies(records)
+        methods = {model["method"]: None for model in models.values() if model["method"] != "dense"}
+        for method in methods:
+            found = [model for model in models.values() if model["method"] == method and not model["variant"]]
+            found.sort(key=lambda model: model["speedup"])
+            style = "o-" if method == "prune_and_merge" else "o:"
+            points = [(model["speedup"], model["top1"]) for model in found]
+            axes.plot(*zip(*points, strict=True), style, label=method.replace("_", " "))
+        axes.axhline(models["dense"]["top1"], color="black", linewidth=0.8)
+        axes.plot(1, models["dense"]["top1"], "ks", label="dense, fine-tuned alike")
+        axes.set_xlabel("times as fast as the dense model in inference")
+        axes.set_ylabel("top-1 accuracy after fine-tuning (%)")
+
 
 PLOTS = (
+    Plot("accuracy_cifar10", "accuracy.png", "Accuracy against speed on CIFAR-10"),
     Plot("model", "speedup.png", "Compressed deit_small beside its peers"),
     Plot("model", "throughput.png", "Throughput against batch"),
     Plot("attention", "tokens.png", "Attention, forward, against tokens"),
@@ -206,7 +294,8 @@ def main() -> None:
             if path.exists():
                 plot.draw(results.read(path)[0]["records"], device / plot.file)
     (results.FOLDER / "README.md").write_text(whole_report(results.FOLDER) + "\n", encoding="utf-8")
-    README.write_text(with_table(README.read_text(encoding="utf-8"), readme_block()), encoding="utf-8")
+    text = with_table(README.read_text(encoding="utf-8"), SPEED, readme_block())
+    README.write_text(with_table(text, ACCURACY, accuracy_block()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_the_result_files():
-    assert report.with_table(README, report.readme_block()) == README
+def test_the_tables_are_the_result_files():
+    assert report.with_table(README, report.SPEED, report.readme_block()) == README
+    assert report.with_table(README, report.ACCURACY, report.accuracy_block()) == README
 
 
 def test_the_three_lines_compress_a_model():
