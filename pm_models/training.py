@@ -1,6 +1,7 @@
 """Training, distillation and evaluation of classifiers, on timm's parts, driven by accelerate."""
 
 import contextlib
+import copy
 import csv
 import hashlib
 import io
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, skip_first_batches
 from accelerate.utils import is_tensorboard_available, set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
@@ -195,6 +196,10 @@ def fit(
     accelerator.free_memory()  # what an earlier run prepared is not part of this run's state
     student = task.trainable_module
     mix = _mix(recipe, student)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and recipe.model_ema_decay is not None:
+        raise ValueError("model_ema_decay must be None under FSDP: no process has all weights to average")
+    whole = copy.deepcopy(student) if sharded else None
     if recipe.model_ema_decay is not None:
         task.setup_ema(decay=recipe.model_ema_decay)
     optimizer = create_optimizer_v2(
@@ -290,7 +295,13 @@ def fit(
     if summary is not None and accelerator.is_main_process:  # a run that was stopped before its last line, too
         write_atomically(summary, _summary(results).encode())
     accelerator.wait_for_everyone()
-    task.trainable_module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if sharded:  # the first process gets the weights, and saves them
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            whole.load_state_dict(weights)
+        task.trainable_module = whole.to(accelerator.device)
+    else:
+        task.trainable_module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if task.has_ema():
         task.trainable_module.load_state_dict(task.trainable_module_ema.module.state_dict())
         del task.trainable_module_ema

@@ -358,9 +358,13 @@ class PMVisionTransformer(VisionTransformer):
         )
 
     def _refold(self) -> None:
-        """Forget what was kept, and fold for inference, so that a compiled graph finds it."""
+        """Forget what was kept, and fold for inference, so that a compiled graph finds it.
+
+        Matrices of which this process has only a share (FSDP) are whole during a forward alone.
+        """
         self._folded.clear()
-        if self.stages and not self.training:
+        whole = all(type(parameter) is nn.Parameter for parameter in self.stages.parameters())
+        if self.stages and whole and not self.training:
             like = self.patch_embed.proj.weight
             with torch.no_grad():
                 self._fold(self._pooled_readout(), like.dtype, like.device)

@@ -56,6 +56,39 @@ if accelerator.is_main_process:
 """
 
 
+SHARDED = """
+import copy, sys
+import torch
+from torch.distributed.fsdp import fully_shard
+sys.path[:0] = {paths!r}
+from helpers import images_for, plan_for, small_vit
+from pm_models import compress
+
+torch.distributed.init_process_group("gloo")
+for train_matrices in ("support", "dense", None):
+    torch.manual_seed(0)
+    dense = small_vit(depth=3)
+    whole = compress(dense, plan_for(dense), train_matrices=train_matrices).train()
+    sharded = copy.deepcopy(whole)
+    for block in sharded.blocks:
+        fully_shard(block)
+    fully_shard(sharded)
+    images = images_for(dense)
+    for model in (whole, sharded):
+        model(images).square().mean().backward()
+    gradients = dict(sharded.named_parameters())
+    for name, parameter in whole.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name].grad.full_tensor(), parameter.grad)
+    outputs = []
+    for model in (whole, sharded):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        with torch.inference_mode():
+            outputs.append(model.eval()(images))
+    torch.testing.assert_close(*outputs)
+"""
+
+
 def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -92,6 +125,14 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert first == second
     torch.testing.assert_close(torch.tensor(two["results"]), torch.tensor(one["results"]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.tensor(two["weights"]), torch.tensor(one["weights"]), rtol=1e-4, atol=1e-6)
+
+
+def test_weights_shared_out_between_processes(tmp_path):
+    """Under FSDP: the same gradients, and after a step the same outputs, as one process with all weights."""
+    script = tmp_path / "script.py"
+    root = Path(__file__).parents[2]
+    script.write_text(SHARDED.format(paths=[str(root / "tests"), str(root)]))
+    run(2, script)
 
 
 def test_the_command_line_on_two_processes(tmp_path):
