@@ -1,7 +1,8 @@
 """Train, compress and fine-tune on CIFAR-10, and write accuracy against throughput to a result file.
 
 ``python -m bench.accuracy DATA --work FOLDER`` does what ``FOLDER`` does not hold yet: a stopped run continues. DATA is
-an image folder: ``train/<class>/*`` and ``test/<class>/*``. The throughputs are measured last, in one process.
+an image folder: ``train/<class>/*`` and ``test/<class>/*``. The throughputs are measured last, in one process. With
+``--only``, several processes can share the runs between them.
 """
 
 import argparse
@@ -20,18 +21,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for models, states and finished runs")
     parser.add_argument("--results", type=Path, default=FOLDER, help="write <device>/accuracy_cifar10.json here")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the fine-tuning (%(default)s)")
-    parser.add_argument("--only", default="", help="runs whose name begins so")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so, in this order")
     parser.add_argument("--measure", action="store_true", help="train nothing more: measure what there is")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = SETTINGS[device]
     study = Study(setting, options.data, options.work, device)
+    runs = all_runs(setting, options.seeds)
     if not options.measure:
-        for run in all_runs(setting, options.seeds):
-            if run.name.startswith(options.only):
-                study.do(run)
+        for name in options.only or [""]:
+            for run in runs:
+                if run.name.startswith(name):
+                    study.do(run)
     if not options.only:
-        study.measure(options.results / device / "accuracy_cifar10.json", all_runs(setting, options.seeds))
+        study.measure(options.results / device / "accuracy_cifar10.json", runs)
 
 
 if __name__ == "__main__":

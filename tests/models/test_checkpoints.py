@@ -126,6 +126,24 @@ def test_a_failing_save_leaves_the_old_model(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
+def test_a_full_disk_leaves_the_old_model(tmp_path):
+    """No file may grow past the limit, as where the disk is full."""
+    resource = pytest.importorskip("resource")
+    model = small_vit(depth=2)
+    save_pretrained(model, tmp_path / "m")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model.head.weight.data.zero_()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match="the model could not be written to .*m: "):
+            save_pretrained(model, tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 @pytest.mark.parametrize("missing", sorted(FILES))
 def test_missing_files(tmp_path, missing):
     save_pretrained(compressed_vit(), tmp_path)
