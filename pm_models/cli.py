@@ -67,6 +67,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     train = found.add_parser(
         "train",
+        usage="pm-vit train DATA --model MODEL --output OUTPUT [options]",
         help="train an uncompressed model on labelled images",
         description="Train (or go on training) a timm Vision Transformer on labelled images.",
     )
@@ -78,6 +79,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     compress = found.add_parser(
         "compress",
+        usage="pm-vit compress DATA --model MODEL --keep-rate RATE --prune-rate RATE --output OUTPUT [options]",
         help="score a trained model's tokens, plan, and compress it",
         description="Score the tokens of a trained timm Vision Transformer on training images, make a plan, and save "
         "the compressed model with the plan and its picture. Fine-tuning comes next. A model that is compressed "
@@ -91,6 +93,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     finetune = found.add_parser(
         "finetune",
+        usage="pm-vit finetune DATA --model MODEL --output OUTPUT [options]",
         help="fine-tune a compressed model, distilling from the uncompressed one",
         description="Fine-tune a compressed model with soft distillation from the uncompressed one. An uncompressed "
         "model is compressed first, as pm-vit compress does it.",
@@ -112,6 +115,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     evaluate = found.add_parser(
         "eval",
+        usage="pm-vit eval DATA --model MODEL [options]",
         help="accuracy, GMACs and throughput of a model",
         description="Evaluate a model, compressed or not, on labelled images.",
     )
