@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .files import write_atomically
@@ -184,6 +185,31 @@ class CompressionPlan:
                 _stage_plan(first, last, layer, kept, pruned, grid, row_weights, segments)
                 for (first, last), layer, (kept, pruned) in zip(bounds, scores, labelled, strict=True)
             ),
+        )
+
+    def resize(self, grid: tuple[int, int], *, segments: str = "raster") -> "CompressionPlan":
+        """The plan for another grid of the same pictures, with as large a share of patches kept, merged and pruned.
+
+        In each stage the patches' weights, over the largest of their token, are interpolated to the new grid; the
+        highest are kept, the lowest pruned.
+
+        Args:
+            grid: (h, w) patches.
+            segments: as in :meth:`from_scores`.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        grid = tuple(grid) if isinstance(grid, Sequence) else grid
+        _check_grid(grid)
+        _check_choice("segments", segments, ("raster", "nearest"))
+        if grid == self.grid:
+            return self
+        return CompressionPlan(
+            grid=grid,
+            depth=self.depth,
+            num_prefix_tokens=self.num_prefix_tokens,
+            stages=tuple(_resized(stage, self.grid, grid, segments) for stage in self.stages),
         )
 
     @property
@@ -391,9 +417,31 @@ def _along_rows(centres: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _nearest(centres: Tensor, grid: tuple[int, int]) -> Tensor:
     """Likewise the nearest in the grid, the first of several."""
-    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).view(-1, 2)
-    distances = (places[:, None] - places[centres]).square().sum(dim=-1)
-    return distances.argmin(dim=1)
+    rows, columns = centres // grid[1], centres % grid[1]
+    across = (torch.arange(grid[1])[:, None] - columns).square()
+    # Row by row, as all distances at once would be patches times tokens.
+    return torch.cat([(across + (row - rows).square()).argmin(dim=1) for row in range(grid[0])])
+
+
+def _resized(stage: StagePlan, old: tuple[int, int], new: tuple[int, int], segments: str) -> StagePlan:
+    into, weights = torch.tensor(stage.segments), torch.tensor(stage.weights, dtype=torch.float64).abs()
+    merged = into >= 0
+    largest = torch.zeros(stage.merged_patches, dtype=torch.float64)
+    largest = largest.scatter_reduce(0, into[merged], weights[merged], "amax")
+    shares = torch.zeros_like(weights)
+    shares[merged] = weights[merged] / largest[into[merged]]
+    shares = F.interpolate(shares.view(1, 1, *old), new, mode="bilinear", align_corners=False).flatten()
+    patches = len(shares)
+    keep = max(round(stage.merged_patches * patches / len(into)), 1)
+    prune = min(round(stage.pruned_patches * patches / len(into)), patches - keep)
+    order = shares.argsort(descending=True, stable=True)
+    kept, pruned = torch.zeros(2, patches, dtype=torch.bool)
+    kept[order[:keep]] = True
+    pruned[order[patches - prune :]] = True
+    sums = torch.zeros_like(largest).index_add(0, into[merged], torch.tensor(stage.weights).double()[merged])
+    averaged = merged.sum() > stage.merged_patches and bool(((sums - 1).abs() < 1e-4).all())
+    row_weights = "average" if averaged else "sum"
+    return _stage_plan(stage.first, stage.last, shares, kept, pruned, new, row_weights, segments)
 
 
 def _check_grid(grid: tuple[int, int]) -> None:

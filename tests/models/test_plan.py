@@ -102,6 +102,58 @@ def test_nearest_segments(grid):
     assert moved or min(grid) == 1
 
 
+@pytest.mark.parametrize("row_weights", ["sum", "average"])
+@pytest.mark.parametrize("grid", [(14, 10), (5, 3), (9, 13), (1, 35)])
+def test_another_grid_keeps_the_shares(grid, row_weights):
+    plan = CompressionPlan.from_scores(
+        torch.rand(4, 35), (7, 5), 0.4, 0.3, num_prefix_tokens=2, row_weights=row_weights, stages=[(0, 1), (3, 3)]
+    )
+    resized = plan.resize(grid)
+    patches = grid[0] * grid[1]
+    assert (resized.grid, resized.depth, resized.num_prefix_tokens) == (grid, 4, 2)
+    for stage, old in zip(resized.stages, plan.stages, strict=True):
+        assert (stage.first, stage.last) == (old.first, old.last)
+        assert stage.merged_patches == round(old.merged_patches * patches / 35)
+        assert stage.pruned_patches == round(old.pruned_patches * patches / 35)
+    sums = resized.merge_matrix(0)[2:].sum(dim=1)
+    assert torch.allclose(sums, torch.ones_like(sums)) == (row_weights == "average")
+    assert resized.resize(grid) is resized
+
+
+def test_a_finer_grid_keeps_what_was_kept_where_it_was():
+    """Twice as fine, each patch of a checkerboard is four: the inner ones do as it did."""
+    board = torch.arange(64).view(8, 8)
+    kept = ((board // 16 + board % 8 // 2) % 2).bool()  # squares of 2 x 2
+    plan = CompressionPlan.from_scores(torch.where(kept, 1.0, 0.01).view(1, 64), (8, 8), 0.5, 0.0)
+    finer = plan.resize((16, 16))
+    centre = {
+        (segment, weight) for segment, weight in zip(finer.stages[0].segments, finer.stages[0].weights, strict=True)
+    }
+    assert finer.stages[0].merged_patches == 128
+    heads = torch.tensor(finer.stages[0].weights).view(16, 16) == 1
+    wanted = kept.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    inner = torch.zeros(16, 16, dtype=torch.bool)
+    for row in range(1, 16, 4):
+        for column in range(1, 16, 4):
+            inner[row : row + 2, column : column + 2] = True
+    assert (heads[inner] == wanted[inner]).all()
+    assert len(centre) > 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": (0, 3)}, "grid must be two positive integers"),
+        ({"grid": 7}, "grid must be two positive integers"),
+        ({"grid": (7, 6), "segments": "rows"}, "segments must be one of 'raster', 'nearest', got 'rows'"),
+    ],
+)
+def test_bad_grids_to_resize_to(arguments, message):
+    plan = CompressionPlan.from_scores(torch.rand(2, 35), (7, 5), 0.4, 0.3)
+    with pytest.raises(ValueError, match=message):
+        plan.resize(**arguments)
+
+
 def test_stages_share_the_scores_of_their_first_block():
     scores = torch.rand(6, 35)
     plan = CompressionPlan.from_scores(scores, (7, 5), 0.5, 0.2, stages=[(1, 2), (4, 4)], allocation="layer")
