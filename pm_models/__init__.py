@@ -1,18 +1,21 @@
 """Prune and Merge for timm's Vision Transformers: timm in, timm out."""
 
-from .checkpoints import load_authors_checkpoint, load_pretrained, save_pretrained
+from .checkpoints import load_authors_checkpoint, load_pretrained, load_segmenter_checkpoint, save_pretrained
 from .plan import CompressionPlan, StagePlan
 from .registry import register_models
 from .scoring import score_tokens
+from .segmenter import Segmenter
 from .vision_transformer import PMVisionTransformer, compress
 
 __all__ = [
     "CompressionPlan",
     "PMVisionTransformer",
+    "Segmenter",
     "StagePlan",
     "compress",
     "load_authors_checkpoint",
     "load_pretrained",
+    "load_segmenter_checkpoint",
     "save_pretrained",
     "score_tokens",
 ]

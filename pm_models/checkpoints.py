@@ -9,13 +9,15 @@ from pathlib import Path
 
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .plan import CompressionPlan, StagePlan
+from .segmenter import Segmenter, set_norm_eps
 from .vision_transformer import PMVisionTransformer, compress
 
 CONFIG_NAME = "config.json"
@@ -25,15 +27,18 @@ WEIGHTS_NAME = "model.safetensors"
 _TRANSIENT = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "distilled_training"}
 
 
-def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, model_args: dict | None = None) -> None:
-    """Save a timm VisionTransformer, compressed or not, as safetensors and JSON.
+def save_pretrained(
+    model: VisionTransformer | Segmenter, folder: str | os.PathLike, *, model_args: dict | None = None
+) -> None:
+    """Save a timm VisionTransformer or a Segmenter, compressed or not, as safetensors and JSON.
 
     The folder has the layout of timm's hub folders; a compressed model's plan and options stand in its
-    ``config.json`` under ``compression``. What is written is known to load: the model is rebuilt from the
-    configuration (without weights) and compared before anything appears in ``folder``.
+    ``config.json`` under ``compression``, a Segmenter's under ``segmenter``, and the rest is its encoder's. What is
+    written is known to load: the model is rebuilt from the configuration (without weights) and compared before anything
+    appears in ``folder``.
 
     Args:
-        model: made by ``timm.create_model``, so that its architecture has a name.
+        model: made by ``timm.create_model``, or its encoder was, so that its architecture has a name.
         folder: created if need be; a model saved there before is replaced.
         model_args: arguments of ``timm.create_model`` that the model was made with, where timm did not record them.
 
@@ -41,7 +46,8 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
         ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
         OSError: the files cannot be written; what was saved there before is untouched.
     """
-    if not getattr(model, "pretrained_cfg", None) or not model.pretrained_cfg.get("architecture"):
+    encoder = model.encoder if isinstance(model, Segmenter) else model
+    if not getattr(encoder, "pretrained_cfg", None) or not encoder.pretrained_cfg.get("architecture"):
         raise ValueError(
             "model has no architecture name to rebuild it from; create it with timm.create_model(name, ...), which "
             "takes every argument of VisionTransformer"
@@ -51,18 +57,22 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         extra = {}
-        if isinstance(model, PMVisionTransformer):
+        if isinstance(encoder, PMVisionTransformer):
             extra["compression"] = {
-                "plan": model.plan.to_dict(),
-                "train_matrices": model.train_matrices,
-                "size_bias": model.size_bias,
-                "merge_site": model.merge_site,
+                "plan": encoder.plan.to_dict(),
+                "train_matrices": encoder.train_matrices,
+                "size_bias": encoder.size_bias,
+                "merge_site": encoder.merge_site,
             }
             # Where timm made it under a name of ours, it recorded these too: the model itself is who tells them.
-            recorded = getattr(model, "_model_args", {})
-            model._model_args = {name: recorded[name] for name in recorded if name not in extra["compression"]}
+            recorded = getattr(encoder, "_model_args", {})
+            encoder._model_args = {name: recorded[name] for name in recorded if name not in extra["compression"]}
+        if isinstance(model, Segmenter):
+            extra["segmenter"] = {"num_classes": model.num_classes, "norm_eps": model.norm_eps, **model.options}
         try:
-            save_for_hf(model, staging, model_config=extra, model_args=model_args, safe_serialization=True)
+            save_for_hf(encoder, staging, model_config=extra, model_args=model_args, safe_serialization=True)
+            if isinstance(model, Segmenter):
+                save_model(model, str(staging / WEIGHTS_NAME))
         except SafetensorError as error:
             raise OSError(f"the model could not be written to {folder}: {error}") from error
         with torch.device("meta"):
@@ -76,7 +86,7 @@ def save_pretrained(model: VisionTransformer, folder: str | os.PathLike, *, mode
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> VisionTransformer:
+def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> VisionTransformer | Segmenter:
     """Load a model that :func:`save_pretrained` wrote, on the CPU, in evaluation mode, in the dtype it was saved in.
 
     Args:
@@ -84,7 +94,7 @@ def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) ->
         uncompressed: leave the plan and its matrices out: the plain timm model with the same weights.
 
     Returns:
-        A :class:`PMVisionTransformer`, or the plain timm model where that was saved.
+        A :class:`PMVisionTransformer`, or the plain timm model where that was saved; a :class:`Segmenter` on it.
 
     Raises:
         FileNotFoundError: the folder lacks ``config.json`` or ``model.safetensors``.
@@ -101,9 +111,10 @@ def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) ->
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
     if uncompressed:
-        weights = {name: value for name, value in weights.items() if not name.startswith("stages.")}
+        stages = "encoder.stages." if isinstance(model, Segmenter) else "stages."
+        weights = {name: value for name, value in weights.items() if not name.startswith(stages)}
     _load_weights(model, weights, path)
-    return model.to(weights["patch_embed.proj.weight"].dtype).eval()
+    return model.to(next(value for name, value in weights.items() if name.endswith("patch_embed.proj.weight"))).eval()
 
 
 def load_authors_checkpoint(
@@ -127,36 +138,60 @@ def load_authors_checkpoint(
         ValueError: the file is truncated, or is no such checkpoint; the message says what was expected.
     """
     state, channels = _read_authors_file(path)
-    matrices: dict[int, dict[str, Tensor]] = {}
-    weights = {}
-    for name, value in state.items():
-        parts = name.split(".")
-        matrix = parts[-1] if parts[0] == "blocks" and parts[2:3] == ["attn"] else None
-        if matrix in ("merge_matrix", "recover_matrix", "token_mask"):
-            matrices.setdefault(int(parts[1]), {})[matrix] = value.float()
-        elif matrix != "bias" or len(parts) != 4:  # blocks.l.attn.bias is stored there, but never used
-            weights[name] = value.float()
+    return _from_authors_weights(path, state, channels, num_heads, img_size).eval()
+
+
+def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
+    """Load a published Segmenter checkpoint, ``{"model": weights}`` with its ``variant.yml`` beside it.
+
+    Its encoder may have the matrices of Prune and Merge, named as in the authors' classification checkpoints. Files are
+    read without running code from them.
+
+    Args:
+        path: the ``.pth`` file, or the folder that holds ``checkpoint.pth``.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no ``variant.yml`` beside it.
+        ValueError: a file is truncated or foreign, or they do not fit each other.
+    """
+    path = Path(path)
+    path = path / "checkpoint.pth" if path.is_dir() else path
+    variant_path = path.parent / "variant.yml"
+    weights = load_state_file(path)
+    if not variant_path.is_file():
+        raise FileNotFoundError(f"no {variant_path}: it describes the network of {path}")
     try:
-        dense = _build_dense(weights, num_heads, img_size)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{os.fspath(path)} lacks the weight {error} of a Vision Transformer") from error
-    _load_weights(dense, weights, path)
-    grid, prefix = tuple(dense.patch_embed.grid_size), dense.num_prefix_tokens
-    for block, found in matrices.items():
-        _check_authors_matrices(path, block, found, grid[0] * grid[1] + prefix, channels)
-    plan = CompressionPlan(
-        grid=grid,
-        depth=len(dense.blocks),
-        num_prefix_tokens=prefix,
-        stages=tuple(_read_stage(block, matrices[block], prefix) for block in sorted(matrices)),
-    )
-    model = compress(dense, plan, train_matrices="dense")
-    with torch.no_grad():
-        for block, merge, reconstruct in zip(
-            sorted(matrices), model.merge_matrices(), model.reconstruct_matrices(), strict=True
-        ):
-            merge.copy_(matrices[block]["merge_matrix"])
-            reconstruct.copy_(matrices[block]["recover_matrix"])
+        network = yaml.safe_load(variant_path.read_text(encoding="utf-8"))["net_kwargs"]
+        width, heads, decoder = int(network["d_model"]), int(network["n_heads"]), network["decoder"]
+        size = network["image_size"]
+        img_size = tuple(int(side) for side in (size if isinstance(size, (list, tuple)) else (size, size)))
+        kind = "linear" if "linear" in decoder["name"] else decoder["name"]
+        options = {
+            "decoder": kind,
+            "decoder_depth": int(decoder.get("n_layers", 2)),
+            "decoder_drop_path": float(decoder.get("drop_path_rate", 0.0)),
+            "decoder_dropout": float(decoder.get("dropout", 0.0)),
+        }
+        num_classes = int(network["n_cls"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{variant_path} does not describe a Segmenter: {error!r}") from error
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    for name, value in weights.items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise ValueError(f"{path}: weights of a Segmenter begin with encoder. or decoder., got {name}")
+        # The classifier that the encoder was trained with is stored too, but never used.
+        if part == "decoder" or not rest.startswith(("head", "pre_logits")):
+            parts[part][rest] = value
+    encoder = _from_authors_weights(path, parts["encoder"], None, heads, img_size)
+    if encoder.embed_dim != width:
+        raise ValueError(f"{variant_path} says d_model {width}, but the weights of {path} have {encoder.embed_dim}")
+    set_norm_eps(encoder, Segmenter.PUBLISHED_NORM_EPS)
+    model = Segmenter(encoder, num_classes, **options)
+    _load_weights(model.decoder, parts["decoder"], path)
     return model.eval()
 
 
@@ -186,21 +221,26 @@ def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
-def _build(folder: Path, uncompressed: bool = False) -> VisionTransformer:
+def _build(folder: Path, uncompressed: bool = False) -> VisionTransformer | Segmenter:
     """The model that the folder's configuration describes, with random weights."""
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        compression = config.get("compression")
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-        if compression is None or uncompressed:
-            return model
-        plan = CompressionPlan.from_dict(compression["plan"])
-        options = {name: compression[name] for name in ("train_matrices", "size_bias")}
-        options["merge_site"] = compression.get("merge_site", "block")  # the first files had none
-        # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
-        with torch.device("cpu"):
-            return compress(model, plan, **options)
+        decoder = config.get("segmenter")
+        if decoder is not None:
+            decoder = dict(decoder)
+            num_classes, norm_eps = decoder.pop("num_classes"), decoder.pop("norm_eps")
+            set_norm_eps(model, norm_eps)
+        compression = config.get("compression")
+        if compression is not None and not uncompressed:
+            plan = CompressionPlan.from_dict(compression["plan"])
+            options = {name: compression[name] for name in ("train_matrices", "size_bias")}
+            options["merge_site"] = compression.get("merge_site", "block")  # the first files had none
+            # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
+            with torch.device("cpu"):
+                model = compress(model, plan, **options)
+        return model if decoder is None else Segmenter(model, num_classes, **decoder)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
 
@@ -260,6 +300,49 @@ def _read_authors_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], list
     return state, [int(tokens) for tokens in channels]
 
 
+def _from_authors_weights(
+    path: str | os.PathLike,
+    state: dict[str, Tensor],
+    channels: list[int] | None,
+    num_heads: int | None,
+    img_size: tuple[int, int] | None,
+) -> VisionTransformer:
+    """The model of weights in which compressed blocks have matrices; a plain one where none has."""
+    matrices: dict[int, dict[str, Tensor]] = {}
+    weights = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        matrix = parts[-1] if parts[0] == "blocks" and parts[2:3] == ["attn"] else None
+        if matrix in ("merge_matrix", "recover_matrix", "token_mask"):
+            matrices.setdefault(int(parts[1]), {})[matrix] = value.float()
+        elif matrix != "bias" or len(parts) != 4:  # blocks.l.attn.bias is stored there, but never used
+            weights[name] = value.float()
+    try:
+        dense = _build_dense(weights, num_heads, img_size)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{os.fspath(path)} lacks the weight {error} of a Vision Transformer") from error
+    _load_weights(dense, weights, path)
+    if not matrices:
+        return dense
+    grid, prefix = tuple(dense.patch_embed.grid_size), dense.num_prefix_tokens
+    for block, found in matrices.items():
+        _check_authors_matrices(path, block, found, grid[0] * grid[1] + prefix, channels)
+    plan = CompressionPlan(
+        grid=grid,
+        depth=len(dense.blocks),
+        num_prefix_tokens=prefix,
+        stages=tuple(_read_stage(block, matrices[block], prefix) for block in sorted(matrices)),
+    )
+    model = compress(dense, plan, train_matrices="dense")
+    with torch.no_grad():
+        for block, merge, reconstruct in zip(
+            sorted(matrices), model.merge_matrices(), model.reconstruct_matrices(), strict=True
+        ):
+            merge.copy_(matrices[block]["merge_matrix"])
+            reconstruct.copy_(matrices[block]["recover_matrix"])
+    return model
+
+
 def _build_dense(
     weights: dict[str, Tensor], num_heads: int | None, img_size: tuple[int, int] | None
 ) -> VisionTransformer:
@@ -287,12 +370,14 @@ def _build_dense(
 
 
 def _check_authors_matrices(
-    path: str | os.PathLike, block: int, found: dict[str, Tensor], tokens: int, channels: list[int]
+    path: str | os.PathLike, block: int, found: dict[str, Tensor], tokens: int, channels: list[int] | None
 ) -> None:
     where = f"{os.fspath(path)}, block {block}"
     if found.keys() != {"merge_matrix", "recover_matrix", "token_mask"}:
         raise ValueError(f"{where}: expected merge_matrix, recover_matrix and token_mask, got {sorted(found)}")
-    if block >= len(channels):
+    if channels is None:
+        channels = {block: len(found["merge_matrix"])}
+    elif block >= len(channels):
         raise ValueError(f"{where}: 'channels' has {len(channels)} entries, expected one for every block")
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     merged = channels[block]

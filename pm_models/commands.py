@@ -35,6 +35,7 @@ from .measure import count_gmacs, throughput
 from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
+from .segmenter import Segmenter
 from .training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
 from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
 from .visualize import save_accuracy_picture, save_plan_picture
@@ -389,6 +390,8 @@ def _model_and_data(options: argparse.Namespace, *splits: str) -> tuple[VisionTr
 
     if Path(options.model).is_dir():
         model = load_pretrained(options.model)
+        if isinstance(model, Segmenter):
+            raise ValueError(f"{options.model} holds a Segmenter, expected a model that classifies images")
         found = datasets(model.in_chans)
     else:
         if not timm.is_model(options.model):

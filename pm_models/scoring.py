@@ -11,11 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .attention import PMAttention, fusable_attentions, fused_attentions, replace_module
+from .segmenter import Segmenter
 from .vision_transformer import PMVisionTransformer, check_vision_transformer
 
 
 def score_tokens(
-    model: VisionTransformer,
+    model: VisionTransformer | Segmenter,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     batches: int,
@@ -33,7 +34,8 @@ def score_tokens(
     Where ``torch.distributed`` is set up, every process scores batches of its own, and all return the sum.
 
     Args:
-        model: a timm VisionTransformer on any device, compressed or not; it comes back as it was.
+        model: a timm VisionTransformer or a :class:`Segmenter` on any device, compressed or not; it comes back as it
+            was.
         loader: yields (images (B, 3, H, W), targets).
         batches: how many batches to take from this process's loader, at least 1 in all; a shorter loader is used
             whole, with a warning.
@@ -46,25 +48,26 @@ def score_tokens(
         TypeError: the model is no timm VisionTransformer.
         ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
     """
-    plan = model.plan if isinstance(model, PMVisionTransformer) else None
+    encoder = model.encoder if isinstance(model, Segmenter) else model
+    plan = encoder.plan if isinstance(encoder, PMVisionTransformer) else None
     if plan is None:
-        check_vision_transformer(model)
+        check_vision_transformer(encoder)
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     if batches < (0 if shared else 1):
         raise ValueError(f"batches must be at least 1, got {batches}")
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(encoder.blocks):
         if not _attentions(block):
             raise ValueError(
                 f"block {index} is a {type(block).__name__} without timm's Attention, so its tokens cannot be scored"
             )
     like = next(model.parameters())
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    counts = [tokens] * len(model.blocks) if plan is None else list(plan.tokens)
+    tokens = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
+    counts = [tokens] * len(encoder.blocks) if plan is None else list(plan.tokens)
     # In float64, so that the order of batches and processes is lost in the rounding to float32.
     scores = [torch.zeros(count, dtype=torch.float64) for count in counts]
-    heads = [next(iter(_attentions(block).values())).num_heads for block in model.blocks]
+    heads = [next(iter(_attentions(block).values())).num_heads for block in encoder.blocks]
     taken = 0
-    with torch.inference_mode(False), torch.enable_grad(), _gated(model, counts) as gates:
+    with torch.inference_mode(False), torch.enable_grad(), _gated(model, encoder, counts) as gates:
         for images, targets in loader if batches else ():
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
@@ -83,11 +86,11 @@ def score_tokens(
     if taken == 0:
         raise ValueError("loader is empty: expected at least one batch of (images, targets)")
     if plan is not None:
-        compressed = iter(model.reconstruct_matrices())
+        compressed = iter(encoder.reconstruct_matrices())
         for index in range(plan.depth):
             if plan.stage_of(index) is not None:
                 scores[index] = next(compressed).detach().abs().cpu().double() @ scores[index]
-    return torch.stack(scores)[:, model.num_prefix_tokens :].float()
+    return torch.stack(scores)[:, encoder.num_prefix_tokens :].float()
 
 
 def _attentions(block: nn.Module) -> dict[str, Attention]:
@@ -95,8 +98,8 @@ def _attentions(block: nn.Module) -> dict[str, Attention]:
 
 
 @contextmanager
-def _gated(model: VisionTransformer, counts: list[int]) -> Iterator[list[Tensor]]:
-    """The model in eval mode and frozen, with a gate of ones on every block's keys; undone at the end.
+def _gated(model: nn.Module, encoder: VisionTransformer, counts: list[int]) -> Iterator[list[Tensor]]:
+    """The model in eval mode and frozen, with a gate of ones on every encoder block's keys; undone at the end.
 
     ``counts`` are the blocks' tokens.
     """
@@ -108,7 +111,7 @@ def _gated(model: VisionTransformer, counts: list[int]) -> Iterator[list[Tensor]
         model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
-        for block, count in zip(model.blocks, counts, strict=True):
+        for block, count in zip(encoder.blocks, counts, strict=True):
             # A float32 gate sums the gradients of half-precision values in float32.
             dtype = torch.promote_types(like.dtype, torch.float32)
             gates.append(torch.ones(count, dtype=dtype, device=like.device, requires_grad=True))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import pm_models
-from pm_models import CompressionPlan, PMVisionTransformer, load_pretrained, save_pretrained
+from pm_models import CompressionPlan, PMVisionTransformer, Segmenter, load_pretrained, save_pretrained
 from pm_models.budget import Fit
 from pm_models.cli import main
 from pm_models.config import shipped_configs
@@ -490,6 +490,7 @@ MISTAKES = {
     ),
     "uncompressed": ([*FINETUNE, "{dense}"], "is uncompressed: give --keep-rate .* and --prune-rate, or a folder"),
     "uncompressed, half told": ([*FINETUNE, "{dense}", "--keep-rate", "0.5"], "is uncompressed: give --keep-rate"),
+    "a segmenter": ([*FINETUNE, "{segmenter}"], "holds a Segmenter, expected a model that classifies images"),
     "no model": ([*FINETUNE, "{tmp}/nowhere"], "nowhere is neither a saved folder nor a timm model"),
     "not a folder": ([*FINETUNE, "{tmp}"], "is no saved model: expected config.json and model.safetensors"),
     "output below a file": (
@@ -519,7 +520,9 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, data, dense, compressed
     ):
         (tmp_path / root / split / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / root / split / name / "0.png")
-    names = {name: tmp_path / name for name in ("one", "other", "empty")}
+    names = {name: tmp_path / name for name in ("one", "other", "empty", "segmenter")}
+    if mistake == "a segmenter":
+        save_pretrained(Segmenter(load_pretrained(dense), 2), tmp_path / "segmenter")
     names |= {"tmp": tmp_path, "data": data, "dense": dense, "compressed": compressed}
     arguments, message = MISTAKES[mistake]
     first, *rest = (argument.format(**names) for argument in arguments)

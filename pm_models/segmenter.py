@@ -1,0 +1,326 @@
+"""Semantic segmentation on a plain or compressed encoder: Segmenter (Strudel et al., arXiv 2105.05633)."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from .plan import CompressionPlan
+from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
+
+DECODERS = ("mask_transformer", "linear")
+
+
+class LinearDecoder(nn.Module):
+    """One linear layer from each patch's token to its class scores (section 3.2).
+
+    Args:
+        width: of the encoder's tokens.
+        num_classes: classes to tell apart.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, h*w, D) to (B, h*w, classes)."""
+        return self.head(patches)
+
+
+class MaskTransformer(nn.Module):
+    """Blocks over the patches and one embedding per class; a mask is their scalar product, L2-normalised (section 3.2).
+
+    Parameters are named as in the published checkpoints.
+
+    Args:
+        width: of the encoder's tokens.
+        num_classes: classes to tell apart.
+        depth: blocks.
+        num_heads: heads of each.
+        mlp_ratio: hidden width of the blocks' MLP over ``width``.
+        drop_path_rate: of the last block; the others' grow to it.
+        drop_rate: dropout of the blocks' projections.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        depth: int = 2,
+        num_heads: int = 1,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        rates = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=True,
+                drop_path=rate,
+                proj_drop=drop_rate,
+                norm_layer=nn.LayerNorm,
+            )
+            for rate in rates
+        )
+        self.cls_emb = nn.Parameter(torch.randn(1, num_classes, width))
+        self.proj_dec = nn.Linear(width, width)
+        self.proj_patch = nn.Parameter(width**-0.5 * torch.randn(width, width))
+        self.proj_classes = nn.Parameter(width**-0.5 * torch.randn(width, width))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.mask_norm = nn.LayerNorm(num_classes)
+        trunc_normal_(self.cls_emb, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, h*w, D) to (B, h*w, classes)."""
+        classes = self.cls_emb.shape[1]
+        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_norm(x)
+        patches, embeddings = x[:, :-classes] @ self.proj_patch, x[:, -classes:] @ self.proj_classes
+        masks = F.normalize(patches, dim=-1) @ F.normalize(embeddings, dim=-1).mT
+        return self.mask_norm(masks)
+
+
+class Segmenter(nn.Module):
+    """A Vision Transformer whose patches are decoded to a map of classes.
+
+    Its weights are named ``encoder.*``, as timm names them, and ``decoder.*``, as the published checkpoints do.
+
+    Args:
+        encoder: a timm VisionTransformer, plain or compressed; its head is not used. It is not copied.
+        num_classes: classes to tell apart.
+        decoder: ``"mask_transformer"`` or ``"linear"``.
+        decoder_depth: blocks of the mask transformer.
+        decoder_heads: heads of each; ``None``: heads of width 64, at least one.
+        decoder_drop_path: stochastic depth in it.
+        decoder_dropout: dropout in it.
+
+    Raises:
+        TypeError: ``encoder`` is no timm VisionTransformer.
+        ValueError: ``decoder`` is unknown, or a number is out of range.
+    """
+
+    PUBLISHED_NORM_EPS = 1e-5  # of the published encoders' norms, where timm has 1e-6
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        num_classes: int,
+        *,
+        decoder: str = "mask_transformer",
+        decoder_depth: int = 2,
+        decoder_heads: int | None = None,
+        decoder_drop_path: float = 0.0,
+        decoder_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoder, PMVisionTransformer):
+            check_vision_transformer(encoder)
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
+        for name, value in (("num_classes", num_classes), ("decoder_depth", decoder_depth)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        width = encoder.embed_dim
+        heads = decoder_heads or max(width // 64, 1)
+        if width % heads:
+            raise ValueError(f"decoder_heads must divide the encoder's width {width}, got {heads}")
+        self.num_classes = num_classes
+        self.encoder = encoder
+        self.options = {
+            "decoder": decoder,
+            "decoder_depth": decoder_depth,
+            "decoder_heads": heads,
+            "decoder_drop_path": decoder_drop_path,
+            "decoder_dropout": decoder_dropout,
+        }
+        self.decoder = (
+            LinearDecoder(width, num_classes)
+            if decoder == "linear"
+            else MaskTransformer(
+                width,
+                num_classes,
+                depth=decoder_depth,
+                num_heads=heads,
+                drop_path_rate=decoder_drop_path,
+                drop_rate=decoder_dropout,
+            )
+        ).to(encoder.patch_embed.proj.weight)
+        self.decoder.train(encoder.training)
+
+    @property
+    def norm_eps(self) -> float | None:
+        """Epsilon of the encoder's LayerNorms, where it has any."""
+        return next((module.eps for module in self.encoder.modules() if isinstance(module, nn.LayerNorm)), None)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the encoder takes."""
+        return tuple(self.encoder.patch_embed.img_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, classes, H, W), interpolated from those of the patches.
+
+        Raises:
+            ValueError: the images have another size than the encoder takes.
+        """
+        height, width = images.shape[-2:]
+        logits = self.patch_logits(images)
+        rows, columns = self.encoder.patch_embed.patch_size
+        # An encoder that pads images has patches that end beyond the picture.
+        padded = (logits.shape[-2] * rows, logits.shape[-1] * columns)
+        return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[..., :height, :width]
+
+    def patch_logits(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, classes, h, w) of the grid of patches.
+
+        Raises:
+            ValueError: the images have another size than the encoder takes.
+        """
+        size = tuple(images.shape[-2:])
+        grid = tuple(self.encoder.patch_embed.grid_size)
+        if getattr(self.encoder, "dynamic_img_size", False) and not isinstance(self.encoder, PMVisionTransformer):
+            grid = self.encoder.patch_embed.dynamic_feat_size(size)
+        elif size != self.image_size:
+            raise ValueError(
+                f"images must be {self.image_size[0]} x {self.image_size[1]} pixels, got {size[0]} x {size[1]}; "
+                "predict and sliding_window take larger ones"
+            )
+        patches = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
+        return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
+
+    def compressed(self, plan: CompressionPlan, **options: object) -> "Segmenter":
+        """A copy whose encoder is compressed by a plan; ``options`` are those of :func:`pm_models.compress`.
+
+        Raises:
+            TypeError, ValueError: as :func:`pm_models.compress` does.
+        """
+        return self._with_encoder(compress(self.encoder, plan, **options))
+
+    def uncompressed(self) -> "Segmenter":
+        """A copy with the same weights and a plain encoder."""
+        return self._with_encoder(self.encoder.uncompressed())
+
+    def _with_encoder(self, encoder: VisionTransformer) -> "Segmenter":
+        model = copy.copy(self)
+        model._modules = {"encoder": encoder, "decoder": copy.deepcopy(self.decoder)}
+        return model
+
+
+def set_norm_eps(model: nn.Module, eps: float | None) -> None:
+    """Give every LayerNorm of a model the same epsilon; ``None`` leaves them."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and eps is not None:
+            module.eps = eps
+
+
+def sliding_window(
+    model: nn.Module, images: Tensor, window: tuple[int, int], stride: int | None = None, *, batch_size: int = 8
+) -> Tensor:
+    """Logits of images of any size at least the window's: the average of all windows that cover a pixel.
+
+    Windows start at every multiple of the stride, the last of each row and column flush with the edge.
+
+    Args:
+        model: images (B, 3, h, w) to logits (B, classes, h, w) for (h, w) = ``window``.
+        images: (B, 3, H, W).
+        window: (h, w) in pixels.
+        stride: pixels from one window to the next; ``None``: the window's side less 32, as Segmenter is evaluated.
+        batch_size: windows at a time.
+
+    Returns:
+        (B, classes, H, W).
+
+    Raises:
+        ValueError: the images are smaller than the window, or the stride leaves pixels out.
+    """
+    height, width = images.shape[-2:]
+    if height < window[0] or width < window[1]:
+        raise ValueError(
+            f"images must be at least as large as the window {window[0]} x {window[1]}, got {height} x {width}; "
+            "enlarge them first"
+        )
+    strides = [max(side - 32, 1) for side in window] if stride is None else [stride, stride]
+    for step, side in zip(strides, window, strict=True):
+        if not 1 <= step <= side:
+            raise ValueError(f"stride must be between 1 and the window's side {side}, got {step}")
+    places = [
+        (top, left) for top in _starts(height, window[0], strides[0]) for left in _starts(width, window[1], strides[1])
+    ]
+    crops = torch.stack(
+        [images[..., top : top + window[0], left : left + window[1]] for top, left in places], dim=1
+    ).flatten(0, 1)
+    logits = torch.cat([model(part) for part in crops.split(batch_size)]).unflatten(0, (len(images), len(places)))
+    total = logits.new_zeros(len(images), logits.shape[2], height, width)
+    count = logits.new_zeros(height, width)
+    for index, (top, left) in enumerate(places):
+        part = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        total[part] += logits[:, index]
+        count[part] += 1
+    return total / count
+
+
+def _starts(side: int, window: int, stride: int) -> list[int]:
+    return [*range(0, side - window, stride), side - window]
+
+
+def predict(
+    model: Segmenter,
+    images: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    stride: int | None = None,
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
+    batch_size: int = 8,
+) -> Tensor:
+    """Probabilities of the classes of each pixel, by sliding windows of the encoder's size.
+
+    An image smaller than a window is enlarged until it covers one. With several scales, and with ``flip`` mirrored
+    images too, probabilities are averaged.
+
+    Args:
+        model: in evaluation mode.
+        images: (B, 3, H, W), normalised.
+        size: (height, width) of the result; ``None``: that of the images.
+        stride: as in :func:`sliding_window`.
+        scales: factors of the images' sides.
+        flip: also mirror each.
+        batch_size: windows at a time.
+
+    Returns:
+        (B, classes, *size), sums over the classes are 1.
+    """
+    size = tuple(images.shape[-2:]) if size is None else tuple(size)
+    window, total = model.image_size, 0.0
+    for scale in scales:
+        scaled = _covering(images, scale, window)
+        for mirrored in (False, True) if flip else (False,):
+            given = scaled.flip(-1) if mirrored else scaled
+            logits = sliding_window(model, given, window, stride, batch_size=batch_size)
+            logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+            total = total + (logits.flip(-1) if mirrored else logits).softmax(dim=1)
+    return total / (len(scales) * (1 + flip))
+
+
+def _covering(images: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
+    """The images at a scale, or the smallest larger one at which they cover the window."""
+    height, width = images.shape[-2:]
+    scale = max(scale, window[0] / height, window[1] / width)
+    size = (max(math.floor(height * scale + 0.5), window[0]), max(math.floor(width * scale + 0.5), window[1]))
+    return images if size == (height, width) else F.interpolate(images, size, mode="bilinear", align_corners=False)
