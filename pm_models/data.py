@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
 }
@@ -34,7 +34,7 @@ def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", 
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder at {root}")
     if not dataset:
-        names = _SPLIT_NAMES.get(split, (split,))
+        names = SPLIT_NAMES.get(split, (split,))
         found = [root / name for name in names if (root / name).is_dir()]
         if not found:
             raise FileNotFoundError(

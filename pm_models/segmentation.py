@@ -1,0 +1,265 @@
+"""Segmentation data and measures: images with label maps from folders, crops to train on, mIoU by sliding windows."""
+
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from .data import SPLIT_NAMES
+from .segmenter import Segmenter, predict
+
+IGNORED = 255  # the label of pixels that are neither trained on nor counted
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class Layout(NamedTuple):
+    """Where a kind of data set has its images and label maps, below a folder for each split."""
+
+    images: str
+    labels: str
+    num_classes: int | None  # None: the user says
+    zero_is_ignored: bool = False  # and class c is labelled c + 1
+    image_ending: str = ""
+    label_ending: str = ".png"
+
+
+LAYOUTS = {
+    "ADE20K": Layout("images", "annotations", 150, zero_is_ignored=True),
+    "Cityscapes": Layout(
+        "leftImg8bit", "gtFine", 19, image_ending="_leftImg8bit", label_ending="_gtFine_labelTrainIds.png"
+    ),
+    "plain": Layout("images", "labels", None),
+}
+
+
+class SegmentationImages(Dataset):
+    """Images and their label maps, from folders.
+
+    Laid out as ADE20K (``images/<split>/*.jpg``, ``annotations/<split>/*.png``), as Cityscapes
+    (``leftImg8bit/<split>/<city>/*``, ``gtFine/...``, labels by training index), or plainly (``images/<split>/*``,
+    ``labels/<split>/*.png`` of the same names, in subfolders or not).
+
+    Args:
+        root: the folder.
+        split: ``"train"`` or ``"validation"`` (whose folder may be called val or test), or another folder's name.
+        num_classes: classes to tell apart; ``None``: those of ADE20K and Cityscapes.
+        ignore_index: a label that is neither trained on nor counted, as 255 is.
+        transform: takes and gives an image (tv_tensors.Image, uint8) and its labels (tv_tensors.Mask).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or an image has no label map.
+        ValueError: the folder holds no images, or ``num_classes`` is needed and not given.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        split: str,
+        *,
+        num_classes: int | None = None,
+        ignore_index: int = IGNORED,
+        transform: Callable | None = None,
+    ) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"no data folder at {root}")
+        self._layout = next((layout for layout in LAYOUTS.values() if (root / layout.labels).is_dir()), None)
+        if self._layout is None:
+            labels = ", ".join(layout.labels for layout in LAYOUTS.values())
+            raise FileNotFoundError(f"{root} has no folder of label maps; expected one of {labels}")
+        self.num_classes = num_classes or self._layout.num_classes
+        if self.num_classes is None:
+            raise ValueError(f"num_classes must be given for {root}, whose folders do not tell it")
+        names = SPLIT_NAMES.get(split, (split,))
+        images = next((root / self._layout.images / name for name in names if _is_dir(root, self._layout, name)), None)
+        if images is None:
+            raise FileNotFoundError(f"{root / self._layout.images} has no folder {' or '.join(names)}")
+        labels = root / self._layout.labels / images.name
+        self.pairs = [
+            (path, labels / path.relative_to(images).parent / (stem + self._layout.label_ending))
+            for path in sorted(images.rglob(f"*{self._layout.image_ending}.*"))
+            if path.suffix.lower() in _SUFFIXES
+            for stem in [path.stem.removesuffix(self._layout.image_ending)]
+        ]
+        if not self.pairs:
+            raise ValueError(f"{images} holds no images")
+        missing = [label for _, label in self.pairs if not label.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of the {len(self.pairs)} images in {images} have no label map; the first: {missing[0]}"
+            )
+        self.ignore_index = ignore_index
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """An image (3, H, W) and its labels (H, W) int64, in 0..num_classes - 1 or ``IGNORED``.
+
+        Raises:
+            ValueError: the label map is no picture of one channel as large as the image, or has an unknown class.
+        """
+        image_path, label_path = self.pairs[index]
+        with Image.open(image_path) as opened:
+            image = tv_tensors.Image(opened.convert("RGB"))
+        labels = tv_tensors.Mask(self._labels(label_path))
+        if labels.shape != image.shape[1:]:
+            raise ValueError(
+                f"{label_path} is {labels.shape[-1]} x {labels.shape[-2]}, but its image is "
+                f"{image.shape[-1]} x {image.shape[-2]}"
+            )
+        return (image, labels) if self.transform is None else self.transform(image, labels)
+
+    def _labels(self, path: Path) -> Tensor:
+        with Image.open(path) as opened:
+            labels = torch.from_numpy(numpy.array(opened).astype(numpy.int64))
+        if labels.dim() != 2:
+            raise ValueError(f"{path} has {labels.shape[-1]} channels, expected one with the index of each class")
+        ignored = (labels == IGNORED) | (labels == self.ignore_index)
+        if self._layout.zero_is_ignored:
+            ignored |= labels == 0
+            labels = labels - 1
+        labels[ignored] = IGNORED
+        unknown = labels[(labels >= self.num_classes) & ~ignored | (labels < 0)]
+        if len(unknown):
+            raise ValueError(
+                f"{path} has the class {int(unknown[0])}, expected 0 to {self.num_classes - 1}, or {IGNORED} or "
+                f"ignore_index {self.ignore_index} for pixels to leave out"
+            )
+        return labels
+
+
+def _is_dir(root: Path, layout: Layout, name: str) -> bool:
+    return (root / layout.images / name).is_dir()
+
+
+def training_transform(
+    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], scale: tuple[float, float] = (0.5, 2.0)
+) -> Callable:
+    """Segmenter's augmentation: random size, crop, mirror, colours.
+
+    Args:
+        size: (height, width) of the crops.
+        mean, std: of the channels, from 0 to 1.
+        scale: range of the shorter side, over the crop's longer one. What a crop lacks is filled with the mean, and its
+            labels with ``IGNORED``.
+    """
+    side = max(size)
+    return v2.Compose(
+        [
+            v2.RandomShortestSize(list(range(round(scale[0] * side), round(scale[1] * side) + 1))),
+            v2.RandomCrop(
+                size,
+                pad_if_needed=True,
+                fill={tv_tensors.Image: [round(255 * value) for value in mean], tv_tensors.Mask: IGNORED},
+            ),
+            v2.RandomHorizontalFlip(),
+            v2.RandomPhotometricDistort(),
+            _Normalised(mean, std),
+        ]
+    )
+
+
+def evaluation_transform(size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """The image with its shorter side as long as the longer one of ``size``, normalised; its labels as they are."""
+    resize, normalise = v2.Resize(max(size)), _Normalised(mean, std)
+
+    def transform(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return normalise(resize(image), labels)
+
+    return transform
+
+
+class _Normalised(v2.Transform):
+    """uint8 images as normalised floats, and plain tensors."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self._steps = v2.Compose(
+            [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(mean, std)]
+        )
+
+    def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        image, labels = self._steps(image, labels)
+        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+
+class Measures(NamedTuple):
+    """Of all pixels with a label, in percent: the means are over the classes that occur."""
+
+    miou: float
+    macc: float
+    aacc: float
+    iou: list[float | None]  # of each class; None where it neither occurs nor is predicted
+
+
+def measures(confusion: Tensor) -> Measures:
+    """Intersection over union and accuracies from a confusion matrix (classes, classes), labels by predictions.
+
+    A class that occurs in labels or predictions counts in the mean IoU, one that occurs in labels in the mean accuracy.
+
+    Raises:
+        ValueError: no pixel has a label.
+    """
+    confusion = confusion.double()
+    if confusion.sum() == 0:
+        raise ValueError("no pixel has a label: every one is ignored")
+    hits, labelled, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
+    union = labelled + predicted - hits
+    iou = 100 * hits / union
+    return Measures(
+        miou=iou[union > 0].mean().item(),
+        macc=(100 * hits / labelled)[labelled > 0].mean().item(),
+        aacc=(100 * hits.sum() / confusion.sum()).item(),
+        iou=[value if exists else None for value, exists in zip(iou.tolist(), (union > 0).tolist(), strict=True)],
+    )
+
+
+def evaluate_segmentation(
+    model: Segmenter,
+    images: Iterable[tuple[Tensor, Tensor]],
+    *,
+    accelerator: Accelerator,
+    stride: int | None = None,
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
+) -> Measures:
+    """mIoU and accuracies of a model, each image by sliding windows and at the size of its labels.
+
+    Args:
+        model: on the accelerator's device.
+        images: yields batches (images (B, 3, H, W), labels (B, h, w)); where sizes differ, one image each. Of several
+            processes, each takes its share of them.
+        accelerator: device, precision and processes.
+        stride: see :func:`pm_models.segmenter.sliding_window`.
+        scales: see :func:`pm_models.segmenter.predict`.
+        flip: likewise.
+
+    Raises:
+        ValueError: there are no images, or no pixel has a label.
+    """
+    model.eval()
+    confusion = MulticlassConfusionMatrix(model.num_classes, ignore_index=IGNORED, validate_args=False)
+    confusion.to(accelerator.device)
+    with torch.inference_mode(), accelerator.autocast():
+        share = islice(images, accelerator.process_index, None, accelerator.num_processes)
+        for batch, labels in tqdm(share, "evaluate", leave=False, disable=not accelerator.is_local_main_process):
+            labels = labels.to(accelerator.device)
+            found = predict(
+                model, batch.to(accelerator.device), labels.shape[-2:], stride=stride, scales=scales, flip=flip
+            )
+            confusion.update(found.argmax(dim=1), labels)
+    return measures(accelerator.reduce(confusion.confmat, "sum").cpu())
