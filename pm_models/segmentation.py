@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from .data import SPLIT_NAMES
 from .segmenter import Segmenter, predict
+from .training import IGNORED
 
-IGNORED = 255  # the label of pixels that are neither trained on nor counted
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 

@@ -11,8 +11,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy
@@ -33,6 +33,9 @@ from tqdm import tqdm
 
 from .files import write_atomically
 
+IGNORED = 255  # the label of pixels that are neither trained on nor counted
+
+Evaluator = Callable[..., dict[str, float]]
 _PROGRESS = "progress.txt"  # a digest, and JSON after it
 _EMA = "ema.safetensors"
 
@@ -95,16 +98,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch of training, and the evaluation after it; accuracies in percent, ``lr`` that of the last step."""
+    """One epoch of training, and the evaluation after it; accuracies in percent, ``lr`` that of the last step.
+
+    In segmentation accuracies are of pixels, ``loss`` and ``top5`` are not measured, and ``miou`` and ``macc`` are.
+    """
 
     epoch: int
     train_loss: float
     train_top1: float
     images_per_second: float
-    loss: float
-    top1: float
-    top5: float
     lr: float
+    top1: float
+    loss: float | None = None
+    top5: float | None = None
+    miou: float | None = None
+    macc: float | None = None
 
 
 def make_accelerator(
@@ -155,6 +163,52 @@ def distillation_task(
     )
 
 
+class SegmentationTask(TrainingTask):
+    """Cross-entropy of every labelled pixel, and soft distillation of every pixel where there is a teacher.
+
+    The divergence is averaged over pixels and classes, as :func:`distillation_task` averages over images and classes. A
+    batch without any label has a cross-entropy of 0.
+
+    Args:
+        student: images (B, C, H, W) to logits (B, classes, H, W).
+        teacher: likewise; frozen.
+        alpha: weight of the distillation.
+        temperature: its temperature.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None = None, *, alpha: float = 1.0, temperature: float = 20.0
+    ) -> None:
+        super().__init__(verbose=False)
+        self.trainable_module = student
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.alpha, self.temperature = alpha, temperature
+
+    def train(self, mode: bool = True) -> "SegmentationTask":
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Images and targets (B, H, W); the output is (B * H * W, classes)."""
+        logits, targets = _by_pixel(self.trainable_module(input)), target.flatten()
+        labelled = (targets != IGNORED).sum().clamp_min(1)
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / labelled
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = (_by_pixel(self.teacher(input)) / self.temperature).log_softmax(dim=1)
+            found = (logits / self.temperature).log_softmax(dim=1)
+            divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True) / logits.shape[1]
+            loss = loss + self.alpha * self.temperature**2 * divergence
+        return {"loss": loss, "output": logits}
+
+
+def _by_pixel(logits: Tensor) -> Tensor:
+    """(B, classes, H, W) to (B * H * W, classes) in float32."""
+    return logits.float().movedim(1, -1).flatten(0, 2)
+
+
 def fit(
     task: TrainingTask,
     train_loader: Iterable[tuple[Tensor, Tensor]],
@@ -163,6 +217,7 @@ def fit(
     *,
     accelerator: Accelerator,
     state_dir: str | os.PathLike | None = None,
+    evaluator: Evaluator | None = None,
     recovery_interval: int = 0,
     summary: str | os.PathLike | None = None,
     name: str = "train",
@@ -170,14 +225,16 @@ def fit(
     """Train the task's model in place, evaluating after every epoch, with progress bars.
 
     Args:
-        task: from :func:`classification_task` or :func:`distillation_task`.
-        train_loader: yields (images (B, C, H, W), targets (B,)).
-        eval_loader: likewise.
+        task: from :func:`classification_task`, :func:`distillation_task` or a :class:`SegmentationTask`.
+        train_loader: yields (images (B, C, H, W), targets (B,)), in segmentation (B, H, W).
+        eval_loader: what ``evaluator`` takes.
         recipe: how to train.
         accelerator: from :func:`make_accelerator`.
         state_dir: where the whole state is kept after every epoch, replaced as one, and the state before it as
             ``<state_dir>.old``; a state found there is continued from, the older one with a warning where the newer
             one is damaged. ``None`` keeps none.
+        evaluator: called after every epoch with the model, ``eval_loader`` and ``accelerator=``; gives the fields of
+            :class:`EpochResult` that it measures. ``None``: :func:`evaluate`.
         recovery_interval: also keep the state after every so many steps of the optimiser within an epoch; 0 does not.
         summary: a CSV file with the results of all epochs so far, in the columns of timm's ``train.py``.
         name: shown before the progress.
@@ -263,7 +320,7 @@ def fit(
                 # The batches of this step of the optimiser, of which the last of an epoch may have fewer.
                 accelerator.backward(result["loss"] / min(group, steps - step // group * group))
             loss.update(loss_value, len(images))
-            (correct,) = accuracy(result["output"].detach(), targets)
+            correct = _accuracy(result["output"].detach(), targets)
             top1.update(accelerator.reduce(correct, "mean").item(), len(images))
             speed = (loss.count - before) * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.avg:.3f}, accuracy {top1.avg:.1f}%, {speed:.0f} images/s")
@@ -277,19 +334,21 @@ def fit(
             if recovery_interval and (step // group + 1) % recovery_interval == 0 and step + 1 < steps:
                 _save_state(accelerator, state_dir, recipe, task, _Progress(results, step + 1, loss, top1))
         bar.close()
-        evaluated = evaluate(
+        measured = (evaluator or evaluate)(
             task.trainable_module_ema.module if task.has_ema() else model, eval_loader, accelerator=accelerator
         )
+        known = {field.name: measured[field.name] for field in fields(EpochResult) if field.name in measured}
         lr = max(parameters["lr"] for parameters in optimizer.param_groups)
-        found = (evaluated[measure] for measure in ("loss", "top1", "top5"))
-        results.append(EpochResult(epoch + 1, loss.avg, top1.avg, speed, *found, lr))
+        results.append(EpochResult(epoch + 1, loss.avg, top1.avg, speed, lr, **known))
+        mean_iou = f", mIoU {known['miou']:.2f}%" if "miou" in known else ""
         accelerator.print(
-            f"{label}: loss {loss.avg:.4f}, accuracy {top1.avg:.2f}% in training, {evaluated['top1']:.2f}% in "
-            f"evaluation, {speed:.0f} images/s"
+            f"{label}: loss {loss.avg:.4f}, accuracy {top1.avg:.2f}% in training, {known['top1']:.2f}% in "
+            f"evaluation{mean_iou}, {speed:.0f} images/s"
         )
         if summary is not None and accelerator.is_main_process:
             write_atomically(summary, _summary(results).encode())
-        accelerator.log({name: value for name, value in asdict(results[-1]).items() if name != "epoch"}, step=epoch + 1)
+        logged = {name: value for name, value in asdict(results[-1]).items() if value is not None and name != "epoch"}
+        accelerator.log(logged, step=epoch + 1)
         progress = _Progress(results)
         _save_state(accelerator, state_dir, recipe, task, progress)
     if summary is not None and accelerator.is_main_process:  # a run that was stopped before its last line, too
@@ -339,6 +398,16 @@ def evaluate(
     return {"loss": loss.avg, "top1": top1.avg, "top5": top5.avg, "images": loss.count}
 
 
+def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Percent of the targets that the logits (targets, classes) name; in segmentation, of those with a label."""
+    if targets.dim() > 1:
+        targets = targets.flatten()
+        labelled = targets != IGNORED
+        hits = (logits.argmax(dim=1) == targets) & labelled
+        return 100 * hits.sum() / labelled.sum().clamp_min(1)
+    return accuracy(logits, targets)[0]
+
+
 def _mix(recipe: Recipe, model: nn.Module) -> Mixup | None:
     """timm's mixup and cutmix, which turn targets (B,) into (B, classes)."""
     if not (recipe.mixup or recipe.cutmix):
@@ -360,6 +429,11 @@ def _summary(results: list[EpochResult]) -> str:
     }
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    if any(result.miou is not None for result in results):
+        columns |= {"eval_miou": "miou", "eval_macc": "macc"}
+    columns = {
+        name: field for name, field in columns.items() if any(getattr(result, field) is not None for result in results)
+    }
     writer.writerow(columns)
     writer.writerows([getattr(result, field) for field in columns.values()] for result in results)
     return text.getvalue()

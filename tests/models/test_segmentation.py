@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import small_vit
+from helpers import plan_for, small_vit
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from pm_models import Segmenter
 from pm_models.segmentation import (
@@ -16,7 +17,7 @@ from pm_models.segmentation import (
     training_transform,
 )
 from pm_models.segmenter import predict
-from pm_models.training import make_accelerator
+from pm_models.training import Recipe, SegmentationTask, fit, make_accelerator
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -181,3 +182,48 @@ def test_evaluation_counts_every_labelled_pixel():
         evaluate_segmentation(model, images[-1:], accelerator=accelerator)
     with pytest.raises(ValueError, match="no pixel has a label"):
         evaluate_segmentation(model, [], accelerator=accelerator)
+
+
+def test_the_loss_of_pixels():
+    """Of the labelled ones; with a teacher, T^2 times the divergence averaged over pixels and classes."""
+    torch.manual_seed(0)
+    student, teacher = (Segmenter(small_vit(num_classes=0, depth=2), 4).eval() for _ in range(2))
+    images, targets = torch.randn(2, 3, 28, 20), torch.randint(0, 4, (2, 28, 20))
+    targets[:, :9] = IGNORED
+    chances = student(images).double().softmax(dim=1).gather(1, targets.where(targets != IGNORED, 0)[:, None])[:, 0]
+    expected = -chances.log()[targets != IGNORED].mean()
+    result = SegmentationTask(student)(images, targets)
+    torch.testing.assert_close(result["loss"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert result["output"].shape == (2 * 28 * 20, 4)
+    own, wanted = ((model(images).double() / 20).log_softmax(dim=1) for model in (student, teacher))
+    divergence = (wanted.exp() * (wanted - own)).mean()
+    task = SegmentationTask(student, teacher, alpha=0.8).train()
+    assert not task.teacher.training
+    result = task.eval()(images, targets)
+    torch.testing.assert_close(result["loss"].double(), expected + 0.8 * 400 * divergence, rtol=1e-4, atol=1e-5)
+    result["loss"].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    nothing = SegmentationTask(student)(images, torch.full_like(targets, IGNORED))["loss"]
+    assert nothing == 0
+    nothing.backward()
+
+
+def test_training_a_compressed_segmenter(tmp_path):
+    torch.manual_seed(0)
+    dense = Segmenter(small_vit(num_classes=0, depth=2), 4)
+    model = dense.compressed(plan_for(dense.encoder))
+    data = [(torch.randn(3, 28, 20), torch.full((28, 20), index % 4)) for index in range(8)]
+    accelerator = make_accelerator(cpu=True)
+
+    def evaluator(model, loader, *, accelerator):
+        return evaluate_segmentation(model, loader, accelerator=accelerator)._asdict() | {"top1": 0.0}
+
+    results = fit(
+        SegmentationTask(model, dense), DataLoader(data, 4), DataLoader(data, 2), Recipe(epochs=4, lr=3e-3),
+        accelerator=accelerator, evaluator=evaluator, summary=tmp_path / "s.csv", state_dir=tmp_path / "state",
+    )  # fmt: skip
+    assert results[-1].train_loss < results[0].train_loss
+    expected = evaluate_segmentation(model, DataLoader(data, 2), accelerator=accelerator)
+    assert (results[-1].miou, results[-1].macc) == (expected.miou, expected.macc)
+    header = (tmp_path / "s.csv").read_text().splitlines()[0]
+    assert header == "epoch,train_loss,train_top1,eval_top1,lr,samples_per_sec,eval_miou,eval_macc"

@@ -13,7 +13,14 @@ from helpers import images_for, plan_for, small_vit
 from torch.utils.data import DataLoader, TensorDataset
 
 from pm_models import compress
-from pm_models.training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
+from pm_models.training import (
+    Recipe,
+    classification_task,
+    distillation_task,
+    evaluate,
+    fit,
+    make_accelerator,
+)
 
 
 @pytest.fixture
