@@ -86,6 +86,8 @@ for train_matrices in ("support", "dense", None):
         with torch.inference_mode():
             outputs.append(model.eval()(images))
     torch.testing.assert_close(*outputs)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # whose threads must not outlive the interpreter
 """
 
 
