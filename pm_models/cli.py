@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from timm.utils import ParseKwargs
 
 from . import commands
@@ -39,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; the same command continues" if options.command in ("train", "finetune") else ""
         print(f"pm-vit {options.command}: interrupted{hint}", file=sys.stderr)
         return 130
+    finally:
+        # Its threads must not outlive the interpreter.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

@@ -53,6 +53,7 @@ report = {{
 if accelerator.is_main_process:
     with open(sys.argv[1], "w") as file:
         json.dump(report, file)
+accelerator.end_training()
 """
 
 
