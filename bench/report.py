@@ -135,8 +135,11 @@ def readme_block(folder: Path = results.FOLDER) -> str:
     """The README's table: of a GPU where one was measured, else of the CPU."""
     first = devices(folder)[0]
     content, wrong = results.read(first / "model.json")
-    note = "\nNo figure here was measured on a GPU.\n" if first.name == "cpu" else ""
-    return f"{model_table(content)}\n{origin(content, wrong)}\n{note}"
+    return f"{model_table(content)}\n{origin(content, wrong)}\n{_not_on_a_gpu(first)}"
+
+
+def _not_on_a_gpu(device: Path) -> str:
+    return "\nNo figure here was measured on a GPU.\n" if device.name == "cpu" else ""
 
 
 def accuracy_block(folder: Path = results.FOLDER) -> str:
@@ -147,7 +150,8 @@ def accuracy_block(folder: Path = results.FOLDER) -> str:
     content, wrong = results.read(found[0])
     picture = (found[0].parent / "accuracy.png").relative_to(ROOT)
     table = accuracy_table(content, variants=False)
-    return f"{table}\n{accuracy_note(content)} {origin(content, wrong)}\n\n![Accuracy against speed]({picture})\n"
+    origins = f"{accuracy_note(content)} {origin(content, wrong)}\n{_not_on_a_gpu(found[0].parent)}"
+    return f"{table}\n{origins}\n![Accuracy against speed]({picture})\n"
 
 
 def with_table(readme: str, marker: str, block: str) -> str:

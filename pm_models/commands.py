@@ -99,9 +99,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
     accelerator = _accelerator(options)
     model, (eval_set,) = _model_and_data(options, options.val_split)
     model.to(accelerator.device).eval()
-    loader = make_loader(
-        eval_set, model, batch_size=options.batch_size, workers=options.workers, **_preprocessing(options)
-    )
+    loader = make_loader(eval_set, model, **_loading(options))
     _warn_of_random_weights(options)
     result = evaluate(model, accelerator.prepare(loader), accelerator=accelerator)
     if not accelerator.is_main_process:
@@ -145,10 +143,8 @@ def _compress_into(
         train_set,
         plain,
         batches=options.score_batches,
-        batch_size=options.batch_size,
-        workers=options.workers,
         seed=options.seed,
-        **_preprocessing(options),
+        **_loading(options),
     )
     make_plan = partial(
         CompressionPlan.from_scores,
@@ -256,18 +252,9 @@ def _fit_and_save(
         seed=options.seed,
     )
     train_loader = make_loader(
-        train_set,
-        model,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        training=True,
-        seed=options.seed,
-        **_preprocessing(options),
-        **_augmentation(options),
+        train_set, model, training=True, seed=options.seed, **_loading(options) | _augmentation(options)
     )
-    eval_loader = make_loader(
-        eval_set, model, batch_size=options.batch_size, workers=options.workers, **_preprocessing(options)
-    )
+    eval_loader = make_loader(eval_set, model, **_loading(options))
     results = fit(
         task,
         train_loader,
@@ -315,6 +302,11 @@ def _preprocessing(options: argparse.Namespace) -> dict[str, object]:
     """What was said of preparing images, for timm's loader."""
     found = {name: getattr(options, name) for name in ("crop_pct", "interpolation", "mean", "std")}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _loading(options: argparse.Namespace) -> dict[str, object]:
+    """The same, with how many images at a time and by how many processes."""
+    return {"batch_size": options.batch_size, "workers": options.workers, **_preprocessing(options)}
 
 
 def _augmentation(options: argparse.Namespace) -> dict[str, object]:

@@ -5,7 +5,7 @@ import json
 import shutil
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -138,15 +138,14 @@ class Study:
         return matched(make, self.dense, tried, gmacs)[0].eval()
 
     def measure(self, path: Path, runs: list[Run], rounds: int = 20) -> None:
-        """Time the model of every finished run of the first seed, all in turns, and write the result file."""
+        """Time the model of every finished run, seeds aside, all in turns, and write the result file."""
         done = [run for run in runs if self._record(run).is_file()]
         device = self.accelerator.device
         size = input_size(self.dense)
         images = torch.randn(self.setting.batch, *size, device=device)
         calls, gmacs = {}, {}
-        for run in done:
-            if run.seed:
-                continue
+        timed = {run.name: run for run in (Run("dense"), *(replace(run, seed=0) for run in done))}
+        for run in timed.values():
             model, given = self.build(run), images
             if run.method == "smaller_images":  # smaller images cost no resizing
                 model.patch_embed = model.patch_embed[0].embed
@@ -160,7 +159,7 @@ class Study:
         dense = medians[Run("dense").name]
         records = []
         for run in done:
-            first = Run(**{**asdict(run), "seed": 0}).name
+            first = replace(run, seed=0).name
             record = json.loads(self._record(run).read_text(encoding="utf-8"))
             record |= {"name": run.name, "gmacs": gmacs[first], "speedup": dense / medians[first]}
             records.append(record | {"images_per_second": len(images) / medians[first]})
