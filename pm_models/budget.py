@@ -8,8 +8,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from .data import input_size
 from .measure import alternate, count_gmacs
 from .plan import CompressionPlan
+from .segmenter import Segmenter, encoder_of
 from .vision_transformer import PMVisionTransformer
 
 _ROUNDS = 8
@@ -30,9 +32,9 @@ class Fit(NamedTuple):
 
 
 def fit_gmacs(
-    model: VisionTransformer,
+    model: VisionTransformer | Segmenter,
     make_plan: Callable[[float], CompressionPlan],
-    make_model: Callable[[CompressionPlan], PMVisionTransformer],
+    make_model: Callable[[CompressionPlan], PMVisionTransformer | Segmenter],
     prune_rate: float,
     target: float,
 ) -> Fit:
@@ -48,7 +50,7 @@ def fit_gmacs(
     Raises:
         ValueError: no keep rate has as few, or the uncompressed model has no more.
     """
-    size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    size = input_size(model)
     dense = count_gmacs(model, size)
     if target >= dense:
         raise ValueError(f"target_gmacs must be below the uncompressed model's {dense:.4g}, got {target:g}")
@@ -66,9 +68,9 @@ def fit_gmacs(
 
 
 def fit_speedup(
-    model: VisionTransformer,
+    model: VisionTransformer | Segmenter,
     make_plan: Callable[[float], CompressionPlan],
-    make_model: Callable[[CompressionPlan], PMVisionTransformer],
+    make_model: Callable[[CompressionPlan], PMVisionTransformer | Segmenter],
     prune_rate: float,
     target: float,
     images: Tensor,
@@ -144,14 +146,15 @@ class LatencyTable(NamedTuple):
         return self.seconds[lower] + share * (self.seconds[upper] - self.seconds[lower])
 
 
-def measure_latency(model: VisionTransformer, images: Tensor) -> LatencyTable:
+def measure_latency(model: VisionTransformer | Segmenter, images: Tensor) -> LatencyTable:
     """Measure the table of a model, in evaluation mode, on a batch of images (B, C, H, W)."""
-    total = model.patch_embed.num_patches + model.num_prefix_tokens
-    counts = sorted({max(1 + model.num_prefix_tokens, round(total * eighth / 8)) for eighth in range(1, 9)})
-    x = torch.randn(len(images), total, model.embed_dim, device=images.device, dtype=images.dtype)
+    encoder = encoder_of(model)
+    total = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
+    counts = sorted({max(1 + encoder.num_prefix_tokens, round(total * eighth / 8)) for eighth in range(1, 9)})
+    x = torch.randn(len(images), total, encoder.embed_dim, device=images.device, dtype=images.dtype)
 
     def blocks(tokens: Tensor) -> None:
-        for block in model.blocks:
+        for block in encoder.blocks:
             tokens = block(tokens)
 
     with torch.inference_mode():
@@ -161,7 +164,9 @@ def measure_latency(model: VisionTransformer, images: Tensor) -> LatencyTable:
     return LatencyTable(tuple(counts), seconds, max(0.0, times["model"] - seconds[-1]))
 
 
-def _speedup(model: VisionTransformer, compressed: PMVisionTransformer, images: Tensor) -> float:
+def _speedup(
+    model: VisionTransformer | Segmenter, compressed: PMVisionTransformer | Segmenter, images: Tensor
+) -> float:
     with torch.inference_mode():
         times = _medians({"dense": lambda: model(images), "ours": lambda: compressed(images)}, images.is_cuda)
     return times["dense"] / times["ours"]
@@ -171,9 +176,9 @@ def _medians(calls: dict, cuda: bool) -> dict:
     return {name: statistics.median(times) for name, times in alternate(calls, _ROUNDS, synchronize=cuda).items()}
 
 
-def _keep_rates(model: VisionTransformer, prune_rate: float) -> list[float]:
+def _keep_rates(model: VisionTransformer | Segmenter, prune_rate: float) -> list[float]:
     """Every keep rate that differs: 1 patch a block, 2, ..., all that are not pruned."""
-    patches = model.patch_embed.num_patches
+    patches = encoder_of(model).patch_embed.num_patches
     most = max(1, int(patches * (1 - prune_rate) + 1e-9))
     return [min(1.0, count / patches + 1e-9) for count in range(1, most + 1)]
 

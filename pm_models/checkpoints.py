@@ -12,16 +12,29 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .plan import CompressionPlan, StagePlan
-from .segmenter import Segmenter, set_norm_eps
+from .segmenter import Segmenter, encoder_of, set_norm_eps
 from .vision_transformer import PMVisionTransformer, compress
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+VARIANT_NAME = "variant.yml"  # beside a published Segmenter
+
+# What its images were normalised by: mean and standard deviation.
+_NORMALISATIONS = {
+    "vit": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    "deit": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
 
 # Attributes that say how a model is being used, not what it is.
 _TRANSIENT = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "distilled_training"}
@@ -46,7 +59,7 @@ def save_pretrained(
         ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
         OSError: the files cannot be written; what was saved there before is untouched.
     """
-    encoder = model.encoder if isinstance(model, Segmenter) else model
+    encoder = encoder_of(model)
     if not getattr(encoder, "pretrained_cfg", None) or not encoder.pretrained_cfg.get("architecture"):
         raise ValueError(
             "model has no architecture name to rebuild it from; create it with timm.create_model(name, ...), which "
@@ -159,7 +172,7 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
     """
     path = Path(path)
     path = path / "checkpoint.pth" if path.is_dir() else path
-    variant_path = path.parent / "variant.yml"
+    variant_path = path.parent / VARIANT_NAME
     weights = load_state_file(path)
     if not variant_path.is_file():
         raise FileNotFoundError(f"no {variant_path}: it describes the network of {path}")
@@ -176,6 +189,7 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
             "decoder_dropout": float(decoder.get("dropout", 0.0)),
         }
         num_classes = int(network["n_cls"])
+        mean, std = _NORMALISATIONS[network.get("normalization", "vit")]
     except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{variant_path} does not describe a Segmenter: {error!r}") from error
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
@@ -189,6 +203,7 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
     encoder = _from_authors_weights(path, parts["encoder"], None, heads, img_size)
     if encoder.embed_dim != width:
         raise ValueError(f"{variant_path} says d_model {width}, but the weights of {path} have {encoder.embed_dim}")
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
     set_norm_eps(encoder, Segmenter.PUBLISHED_NORM_EPS)
     model = Segmenter(encoder, num_classes, **options)
     _load_weights(model.decoder, parts["decoder"], path)

@@ -12,20 +12,23 @@ import torch
 from timm.utils import ParseKwargs
 
 from . import commands
-from .config import apply_config, shipped_configs
+from .config import apply_config, find_task, shipped_configs
+from .segmenter import DECODERS
+from .tasks import DEFAULT_TASK, TASKS
+from .training import IGNORED, SCHEDULES
 from .vision_transformer import MERGE_SITES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``pm-vit``; an error of the user's is one line on standard error and exit status 2."""
-    parser, named = _parser()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0] in named:
-        try:
+    try:
+        parser, named = _parser(find_task(arguments[1:], TASKS, DEFAULT_TASK))
+        if arguments and arguments[0] in named:
             apply_config(arguments[0], named, arguments[1:])
-        except (ValueError, OSError) as error:
-            print(f"pm-vit {arguments[0]}: error: {error}", file=sys.stderr)
-            return 2
+    except (ValueError, OSError) as error:
+        print(f"pm-vit {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
     options = parser.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("default", UserWarning)
             options.run(options)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"pm-vit {options.command}: error: {error}", file=sys.stderr)
+        print(f"pm-vit {options.command}: error: {_told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; the same command continues" if options.command in ("train", "finetune") else ""
@@ -47,12 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _told(error: Exception) -> str:
+    """An error's message; of one that a loader's process raised, without the traceback that torch puts before it."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+
+
 def _print_warning(message: Warning, category: type[Warning], *_: object, **__: object) -> None:
     print(f"pm-vit: {'warning' if category is UserWarning else category.__name__}: {message}", file=sys.stderr)
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and that of each command that takes ``--config``."""
+def _parser(task: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser for a task, and that of each command that takes ``--config``."""
     parser = argparse.ArgumentParser(
         prog="pm-vit",
         description="Compress the tokens of Vision Transformers by Prune and Merge.",
@@ -74,12 +85,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "train",
         usage="pm-vit train DATA --model MODEL --output OUTPUT [options]",
         help="train an uncompressed model on labelled images",
-        description="Train (or go on training) a timm Vision Transformer on labelled images.",
+        description="Train (or go on training) a timm Vision Transformer, or a Segmenter on one, on labelled images.",
     )
-    _add_data(train)
-    _add_model(train, "a timm Vision Transformer's name, or a folder saved by pm-vit")
+    _add_data(train, task)
+    _add_model(train, task)
     _add_output(train)
-    _add_training(train, lr=5e-4, epochs=100, weight_decay=0.05, warmup_epochs=5, smoothing=0.1)
+    _add_training(train, task, lr=5e-4, epochs=100, weight_decay=0.05, warmup_epochs=5, smoothing=0.1)
     train.set_defaults(run=commands.train)
 
     compress = found.add_parser(
@@ -90,8 +101,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "the compressed model with the plan and its picture. Fine-tuning comes next. A model that is compressed "
         "already is scored as it is, and its plain weights are compressed anew.",
     )
-    _add_data(compress)
-    _add_model(compress, "a timm Vision Transformer's name, or a folder saved by pm-vit")
+    _add_data(compress, task)
+    _add_model(compress, task)
     _add_output(compress)
     _add_compression(compress, required=True)
     compress.set_defaults(run=commands.compress_model)
@@ -103,8 +114,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         description="Fine-tune a compressed model with soft distillation from the uncompressed one. An uncompressed "
         "model is compressed first, as pm-vit compress does it.",
     )
-    _add_data(finetune)
-    _add_model(finetune, "a folder saved by pm-vit, or a timm Vision Transformer's name with --checkpoint")
+    _add_data(finetune, task)
+    _add_model(finetune, task)
     _add_output(finetune)
     finetune.add_argument(
         "--teacher", type=Path, help="folder of the uncompressed model (the model as it was before compression)"
@@ -113,25 +124,26 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--distill-alpha", type=float, default=1.0, help="weight of the distillation loss (%(default)s)"
     )
     finetune.add_argument("--distill-temperature", type=float, default=20.0, help="its temperature (%(default)s)")
-    finetune.add_argument("--grad-checkpointing", action="store_true", help="trade time for activation memory")
     _add_compression(finetune, required=False)
-    _add_training(finetune, lr=1e-4, epochs=30, weight_decay=1e-3, warmup_epochs=0, smoothing=0.0)
+    _add_training(finetune, task, lr=1e-4, epochs=30, weight_decay=1e-3, warmup_epochs=0, smoothing=0.0)
     finetune.set_defaults(run=commands.finetune)
 
     evaluate = found.add_parser(
         "eval",
         usage="pm-vit eval DATA --model MODEL [options]",
-        help="accuracy, GMACs and throughput of a model",
+        help="accuracy or mIoU, GMACs and throughput of a model",
         description="Evaluate a model, compressed or not, on labelled images.",
     )
-    _add_data(evaluate)
-    _add_model(evaluate, "a timm Vision Transformer's name, or a folder saved by pm-vit")
+    _add_data(evaluate, task)
+    _add_model(evaluate, task)
+    if task == "segmentation":
+        _add_windows(evaluate)
     evaluate.add_argument("--results-file", type=Path, help="write the results as JSON")
     evaluate.set_defaults(run=commands.evaluate_model)
     return parser, {"train": train, "compress": compress, "finetune": finetune, "eval": evaluate}
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def _add_data(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument(
         "-c",
         "--config",
@@ -139,17 +151,41 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="YAML file of options, by their long names with _ for -; options on the command line come before it. "
         f"Shipped with pm-vit: {', '.join(shipped_configs())}",
     )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default=DEFAULT_TASK,
+        help="one class for each image, or for each pixel; with --help, shows the options of that (%(default)s)",
+    )
+    segmentation = task == "segmentation"
     group = parser.add_argument_group("data")
     group.add_argument(
-        "data_dir", type=Path, metavar="DATA", help="folder with train/CLASS/IMAGES and validation/CLASS/IMAGES"
+        "data_dir",
+        type=Path,
+        metavar="DATA",
+        help="ADE20K's or Cityscapes' folder, or one with images/train, labels/train, images/validation, ..."
+        if segmentation
+        else "folder with train/CLASS/IMAGES and validation/CLASS/IMAGES",
     )
-    group.add_argument(
-        "--dataset", default="", help="a data set that timm reads instead of folders, such as torch/cifar10"
-    )
+    if segmentation:
+        group.add_argument(
+            "--ignore-index",
+            type=int,
+            default=IGNORED,
+            help=f"label of pixels to leave out, as {IGNORED} is (%(default)s)",
+        )
+    else:
+        group.add_argument(
+            "--dataset", default="", help="a data set that timm reads instead of folders, such as torch/cifar10"
+        )
     group.add_argument("--train-split", default="train", help="folder or split to train on (%(default)s)")
     group.add_argument("--val-split", default="validation", help="folder or split to evaluate on (%(default)s)")
     group.add_argument(
-        "-b", "--batch-size", type=_positive, default=128, help="images per batch and process (%(default)s)"
+        "-b",
+        "--batch-size",
+        type=_positive,
+        default=8 if segmentation else 128,
+        help="images per batch and process (%(default)s)",
     )
     group.add_argument(
         "-j",
@@ -158,8 +194,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default=min(4, os.cpu_count() or 1),
         help="processes that load images (%(default)s)",
     )
-    group.add_argument("--crop-pct", type=float, help="share of the image's side that evaluation sees (the model's)")
-    group.add_argument("--interpolation", help="how evaluation resizes images (the model's)")
+    if not segmentation:
+        group.add_argument(
+            "--crop-pct", type=float, help="share of the image's side that evaluation sees (the model's)"
+        )
+        group.add_argument("--interpolation", help="how evaluation resizes images (the model's)")
     group.add_argument("--mean", type=float, nargs="+", help="mean of each channel (the model's)")
     group.add_argument("--std", type=float, nargs="+", help="standard deviation of each channel (the model's)")
     group = parser.add_argument_group("device")
@@ -173,14 +212,38 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
 
 
-def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
+def _add_model(parser: argparse.ArgumentParser, task: str) -> None:
+    segmentation = task == "segmentation"
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help=what)
+    group.add_argument(
+        "--model",
+        required=True,
+        help="a timm Vision Transformer's name, a folder saved by pm-vit"
+        + (", or a published Segmenter's folder" if segmentation else ""),
+    )
     group.add_argument("--checkpoint", type=Path, help="file with the named model's weights (.safetensors or .pth)")
     group.add_argument("--pretrained", action="store_true", help="let timm download weights for the named model")
     group.add_argument("--num-classes", type=_positive, help="classes (as many as the data has)")
-    group.add_argument("--img-size", type=_positive, help="image size in pixels (the named model's)")
-    group.add_argument("--in-chans", type=_positive, help="image channels, 1 or 3 (3)")
+    group.add_argument(
+        "--img-size",
+        type=_positive,
+        help=f"{'side of the crops and windows' if segmentation else 'image size'} in pixels (the named model's)",
+    )
+    if segmentation:
+        parser.set_defaults(in_chans=None)
+        group.add_argument(
+            "--decoder", choices=DECODERS, default=DECODERS[0], help="what is on the named model (%(default)s)"
+        )
+        group.add_argument(
+            "--decoder-kwargs",
+            nargs="*",
+            default={},
+            action=ParseKwargs,
+            metavar="NAME=VALUE",
+            help="of the mask transformer: depth=2 heads=3 drop_path=0.0 dropout=0.1",
+        )
+    else:
+        group.add_argument("--in-chans", type=_positive, help="image channels, 1 or 3 (3)")
     group.add_argument(
         "--model-kwargs",
         nargs="*",
@@ -189,6 +252,15 @@ def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="NAME=VALUE",
         help="more arguments of timm.create_model, such as depth=6 embed_dim=192",
     )
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sliding windows")
+    group.add_argument("--stride", type=_positive, help="pixels from one window to the next (its side less 32)")
+    group.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], help="sizes of the image to average over (%(default)s)"
+    )
+    group.add_argument("--flip", action="store_true", help="average over mirrored images too")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +334,7 @@ def _add_compression(parser: argparse.ArgumentParser, *, required: bool) -> None
 
 def _add_training(
     parser: argparse.ArgumentParser,
+    task: str,
     *,
     lr: float,
     epochs: int,
@@ -273,6 +346,9 @@ def _add_training(
     group = parser.add_argument_group("training (a stopped run with the same --output continues)")
     group.add_argument("--epochs", type=_positive, default=epochs, help="passes over the data (%(default)s)")
     group.add_argument("--opt", default="adamw", help="timm's name of the optimiser (%(default)s)")
+    group.add_argument(
+        "--sched", choices=SCHEDULES, default=SCHEDULES[0], help="how the learning rate falls (%(default)s)"
+    )
     group.add_argument("--lr", type=float, help=f"peak learning rate (from --lr-base, or {lr:g})")
     group.add_argument("--lr-base", type=float, help="peak learning rate for --lr-base-size images a step")
     group.add_argument(
@@ -293,7 +369,9 @@ def _add_training(
     group.add_argument("--grad-accum-steps", type=_positive, default=1, help="batches that make one step (%(default)s)")
     group.add_argument("--model-ema", action="store_true", help="evaluate and save a moving average of the weights")
     group.add_argument("--model-ema-decay", type=float, default=0.9998, help="its decay (%(default)s)")
-    group.add_argument("--smoothing", type=float, default=smoothing, help="label smoothing (%(default)s)")
+    group.add_argument("--grad-checkpointing", action="store_true", help="trade time for activation memory")
+    if task == "classification":
+        group.add_argument("--smoothing", type=float, default=smoothing, help="label smoothing (%(default)s)")
     group.add_argument(
         "--recovery-interval",
         type=int,
@@ -301,6 +379,17 @@ def _add_training(
         help="also keep the state after every so many steps of an epoch (%(default)s: after epochs alone)",
     )
     group.add_argument("--log-tensorboard", action="store_true", help="also write the output folder's logs/")
+    if task == "segmentation":
+        group = parser.add_argument_group("augmentation")
+        group.add_argument(
+            "--scale",
+            type=float,
+            nargs=2,
+            metavar=("MIN", "MAX"),
+            default=[0.5, 2.0],
+            help="shorter side of the image over that of the crop, at random (%(default)s)",
+        )
+        return
     group = parser.add_argument_group("augmentation, as timm has it")
     group.add_argument("--no-aug", action="store_true", help="none: training images are prepared as in evaluation")
     group.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop (0.08 1)")

@@ -1,6 +1,7 @@
 """Options from a YAML file: a user's own, or one of the recipes that are shipped."""
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -26,16 +27,9 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
         FileNotFoundError: there is no such file, and no recipe of that name.
         ValueError: the file is no YAML of options, or a value is none that the option takes.
     """
-    finder = argparse.ArgumentParser(add_help=False)
-    finder.add_argument("-c", "--config")
-    name = finder.parse_known_args(arguments)[0].config
-    if name is None:
+    path = _config_path(arguments)
+    if path is None:
         return
-    path = Path(name)
-    if not path.is_file() and name in shipped_configs():
-        path = _SHIPPED / f"{name}.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {name}, and no recipe of that name: there are {', '.join(shipped_configs())}")
     values = _read(path)
     options = {
         name: {action.dest: action for action in parser._actions if action.option_strings and action.dest != "config"}
@@ -58,6 +52,38 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
     for key, value in taken.items():
         known[key].default = _value(path, key, known[key], value)
         known[key].required = False
+
+
+def find_task(arguments: list[str], tasks: Collection[str], default: str) -> str:
+    """The task that the command line or its ``--config`` names, so that the parser can have that task's options.
+
+    What is none of ``tasks`` is left for the parser to refuse.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`apply_config` does.
+    """
+    named = _finder("--task").parse_known_args(arguments)[0].task
+    if named is None and (path := _config_path(arguments)) is not None:
+        named = _read(path).get("task")
+    return named if named in tasks else default
+
+
+def _config_path(arguments: list[str]) -> Path | None:
+    name = _finder("-c", "--config").parse_known_args(arguments)[0].config
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.is_file() and name in shipped_configs():
+        path = _SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {name}, and no recipe of that name: there are {', '.join(shipped_configs())}")
+    return path
+
+
+def _finder(*names: str) -> argparse.ArgumentParser:
+    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder.add_argument(*names, nargs="?")
+    return finder
 
 
 def _read(path: Path) -> dict:

@@ -11,6 +11,8 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from .segmenter import Segmenter, encoder_of
+
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
@@ -170,9 +172,7 @@ def make_loader(
     Raises:
         ValueError: the data set has fewer images than a training batch, or none.
     """
-    needed = batch_size if training else 1
-    if len(dataset) < needed:
-        raise ValueError(f"the data has {len(dataset)} images, expected at least {needed} (--batch-size {batch_size})")
+    check_size(dataset, batch_size if training else 1)
     config = resolve_model_data_config(model, {"input_size": input_size(model)})
     seeded = training and not isinstance(dataset, IterableDataset)
     arguments = {
@@ -196,14 +196,27 @@ def make_loader(
     )
 
 
+def check_size(dataset: Dataset, batch_size: int) -> None:
+    """Refuse a data set of fewer images than a batch.
+
+    Raises:
+        ValueError: naming the counts.
+    """
+    if len(dataset) < batch_size:
+        raise ValueError(
+            f"the data has {len(dataset)} images, expected at least {batch_size} (--batch-size {batch_size})"
+        )
+
+
 def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """Normalisation of as many channels as the images have; the average where the model was made for others."""
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def input_size(model: VisionTransformer) -> tuple[int, int, int]:
+def input_size(model: VisionTransformer | Segmenter) -> tuple[int, int, int]:
     """Channels, height and width of the images that the model takes."""
-    return (model.in_chans, *model.patch_embed.img_size)
+    encoder = encoder_of(model)
+    return (encoder.in_chans, *encoder.patch_embed.img_size)
 
 
 def calibration_loader(
@@ -223,9 +236,13 @@ def calibration_loader(
     loader = make_loader(dataset, model, batch_size=batch_size, workers=workers, **options)
     if isinstance(dataset, IterableDataset):
         return loader
+    return DataLoader(random_subset(dataset, batches * batch_size, seed), batch_size=batch_size, num_workers=workers)
+
+
+def random_subset(dataset: Dataset, count: int, seed: int) -> Subset:
+    """``count`` items at random, or all in random order where there are fewer; the same for the same seed."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    chosen = Subset(dataset, order[: batches * batch_size].tolist())
-    return DataLoader(chosen, batch_size=batch_size, num_workers=workers)
+    return Subset(dataset, order[:count].tolist())
 
 
 def sample_images(dataset: Dataset, model: VisionTransformer, count: int, **options: object) -> numpy.ndarray:

@@ -4,14 +4,18 @@ from collections.abc import Mapping
 
 
 def compare(rows: Mapping[str, Mapping]) -> str:
-    """Accuracy, tokens per block, GMACs and throughput of models, one a line, beside the first one's throughput."""
+    """Accuracy (``top1`` or ``miou``), tokens per block, GMACs and throughput of models, one a line.
+
+    Throughput stands beside the first model's.
+    """
     first = next(iter(rows.values()))
-    table = [("model", "top-1", "GMACs", "images/s", "speed", "tokens per block")]
+    quality, heading = ("miou", "mIoU") if "miou" in first else ("top1", "top-1")
+    table = [("model", heading, "GMACs", "images/s", "speed", "tokens per block")]
     for name, row in rows.items():
         table.append(
             (
                 name,
-                f"{row['top1']:.2f}%",
+                f"{row[quality]:.2f}%",
                 f"{row['gmacs']:.4g}",
                 f"{row['images_per_second']:.0f}",
                 f"{row['images_per_second'] / first['images_per_second']:.2f}x",

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .attention import PMAttention, fusable_attentions, fused_attentions, replace_module
-from .segmenter import Segmenter
+from .segmenter import Segmenter, encoder_of
 from .vision_transformer import PMVisionTransformer, check_vision_transformer
 
 
@@ -48,7 +48,7 @@ def score_tokens(
         TypeError: the model is no timm VisionTransformer.
         ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
     """
-    encoder = model.encoder if isinstance(model, Segmenter) else model
+    encoder = encoder_of(model)
     plan = encoder.plan if isinstance(encoder, PMVisionTransformer) else None
     if plan is None:
         check_vision_transformer(encoder)

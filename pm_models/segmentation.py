@@ -1,8 +1,8 @@
 """Segmentation data and measures: images with label maps from folders, crops to train on, mIoU by sliding windows."""
 
+import copy
 import os
 from collections.abc import Callable, Iterable
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,14 +10,15 @@ import numpy
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from timm.data import resolve_model_data_config
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from .data import SPLIT_NAMES
+from .data import SPLIT_NAMES, SeededImages, check_size, random_subset
 from .segmenter import Segmenter, predict
 from .training import IGNORED
 
@@ -156,21 +157,37 @@ def training_transform(
         mean, std: of the channels, from 0 to 1.
         scale: range of the shorter side, over the crop's longer one. What a crop lacks is filled with the mean, and its
             labels with ``IGNORED``.
+
+    Raises:
+        ValueError: ``scale`` is no range above 0.
     """
-    side = max(size)
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale must be two numbers above 0, the smaller first, got {scale[0]:g} and {scale[1]:g}")
     return v2.Compose(
         [
-            v2.RandomShortestSize(list(range(round(scale[0] * side), round(scale[1] * side) + 1))),
-            v2.RandomCrop(
-                size,
-                pad_if_needed=True,
-                fill={tv_tensors.Image: [round(255 * value) for value in mean], tv_tensors.Mask: IGNORED},
-            ),
+            *_crop(size, mean, scale),
             v2.RandomHorizontalFlip(),
             v2.RandomPhotometricDistort(),
             _Normalised(mean, std),
         ]
     )
+
+
+def scoring_transform(size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """A random crop of the image at the size that it is evaluated at."""
+    return v2.Compose([*_crop(size, mean, (1.0, 1.0)), _Normalised(mean, std)])
+
+
+def _crop(size: tuple[int, int], mean: tuple[float, ...], scale: tuple[float, float]) -> list[v2.Transform]:
+    side = max(size)
+    return [
+        v2.RandomShortestSize(list(range(max(1, round(scale[0] * side)), round(scale[1] * side) + 1))),
+        v2.RandomCrop(
+            size,
+            pad_if_needed=True,
+            fill={tv_tensors.Image: [round(255 * value) for value in mean], tv_tensors.Mask: IGNORED},
+        ),
+    ]
 
 
 def evaluation_transform(size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
@@ -195,6 +212,120 @@ class _Normalised(v2.Transform):
     def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         image, labels = self._steps(image, labels)
         return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+
+def make_training_loader(
+    dataset: SegmentationImages,
+    model: Segmenter,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int = 0,
+    scale: tuple[float, float] = (0.5, 2.0),
+    **normalisation: tuple[float, ...],
+) -> DataLoader:
+    """Shuffled batches of augmented crops (B, 3, H, W) and labels (B, H, W) of the model's size.
+
+    Args:
+        dataset: images and labels; its transform is not used.
+        model: its size, and where not given its mean and standard deviation, are used.
+        batch_size: crops per batch; the last incomplete batch is dropped.
+        workers: loader processes; 0 loads in this one.
+        seed: of the augmentation.
+        scale: as in :func:`training_transform`.
+        normalisation: ``mean=`` and ``std=``.
+
+    Raises:
+        ValueError: there are fewer images than a batch has.
+    """
+    check_size(dataset, batch_size)
+    transform = training_transform(model.image_size, *_mean_and_std(model, normalisation), scale)
+    return DataLoader(
+        SeededImages(_with_transform(dataset, transform), seed),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def make_evaluation_loader(
+    dataset: SegmentationImages,
+    model: Segmenter,
+    *,
+    workers: int,
+    share: tuple[int, int] = (0, 1),
+    **normalisation: tuple[float, ...],
+) -> DataLoader:
+    """Whole images one by one, (1, 3, H, W), with their labels (1, h, w) at their own size.
+
+    ``share`` (index, count) takes one of so many shares of the images, such as that of a process; the rest is as in
+    :func:`make_training_loader`.
+    """
+    transform = evaluation_transform(model.image_size, *_mean_and_std(model, normalisation))
+    images = _with_transform(dataset, transform)
+    return DataLoader(
+        Subset(images, range(share[0], len(images), share[1])), num_workers=workers, persistent_workers=workers > 0
+    )
+
+
+def make_scoring_loader(
+    dataset: SegmentationImages,
+    model: Segmenter,
+    *,
+    batches: int,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    **normalisation: tuple[float, ...],
+) -> DataLoader:
+    """``batches`` batches for scoring tokens: crops of images at random, the same for the same seed."""
+    transform = scoring_transform(model.image_size, *_mean_and_std(model, normalisation))
+    images = SeededImages(_with_transform(dataset, transform), seed)
+    return DataLoader(random_subset(images, batches * batch_size, seed), batch_size, num_workers=workers)
+
+
+class Sample(NamedTuple):
+    """An image to draw (H, W, 3) from 0 to 1, the same normalised (3, H, W), and its labels (h, w)."""
+
+    picture: numpy.ndarray
+    image: Tensor
+    labels: numpy.ndarray
+
+
+def sample_images(
+    dataset: SegmentationImages, model: Segmenter, count: int, **normalisation: tuple[float, ...]
+) -> list[Sample]:
+    """Some whole images from all over the data set, as the model is evaluated on them."""
+    mean, std = _mean_and_std(model, normalisation)
+    images = _with_transform(dataset, evaluation_transform(model.image_size, mean, std))
+    count = min(count, len(images))
+    found = []
+    for index in range(count):
+        image, labels = images[index * len(images) // count]
+        picture = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        found.append(Sample(picture.clamp(0, 1).movedim(0, -1).numpy(), image, labels.numpy()))
+    return found
+
+
+def predicted_classes(model: Segmenter, image: Tensor, size: tuple[int, int]) -> numpy.ndarray:
+    """The class (h, w) = ``size`` of every pixel of an image (3, H, W), normalised, by sliding windows."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        found = predict(model.eval(), image[None].to(device), size)[0]
+    return found.argmax(dim=0).cpu().numpy()
+
+
+def _with_transform(dataset: SegmentationImages, transform: Callable) -> SegmentationImages:
+    dataset = copy.copy(dataset)
+    dataset.transform = transform
+    return dataset
+
+
+def _mean_and_std(model: Segmenter, given: dict[str, tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
+    config = resolve_model_data_config(model.encoder) | given
+    return tuple(config["mean"]), tuple(config["std"])
 
 
 class Measures(NamedTuple):
@@ -242,7 +373,7 @@ def evaluate_segmentation(
     Args:
         model: on the accelerator's device.
         images: yields batches (images (B, 3, H, W), labels (B, h, w)); where sizes differ, one image each. Of several
-            processes, each takes its share of them.
+            processes, each is given its share, and all return the measures of all images.
         accelerator: device, precision and processes.
         stride: see :func:`pm_models.segmenter.sliding_window`.
         scales: see :func:`pm_models.segmenter.predict`.
@@ -251,12 +382,11 @@ def evaluate_segmentation(
     Raises:
         ValueError: there are no images, or no pixel has a label.
     """
-    model.eval()
+    model = accelerator.unwrap_model(model).eval()
     confusion = MulticlassConfusionMatrix(model.num_classes, ignore_index=IGNORED, validate_args=False)
     confusion.to(accelerator.device)
     with torch.inference_mode(), accelerator.autocast():
-        share = islice(images, accelerator.process_index, None, accelerator.num_processes)
-        for batch, labels in tqdm(share, "evaluate", leave=False, disable=not accelerator.is_local_main_process):
+        for batch, labels in tqdm(images, "evaluate", leave=False, disable=not accelerator.is_local_main_process):
             labels = labels.to(accelerator.device)
             found = predict(
                 model, batch.to(accelerator.device), labels.shape[-2:], stride=stride, scales=scales, flip=flip

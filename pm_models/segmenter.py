@@ -112,7 +112,7 @@ class Segmenter(nn.Module):
 
     Raises:
         TypeError: ``encoder`` is no timm VisionTransformer.
-        ValueError: ``decoder`` is unknown, or a number is out of range.
+        ValueError: ``decoder`` is unknown, a number is out of range, or patches do not cover the images.
     """
 
     PUBLISHED_NORM_EPS = 1e-5  # of the published encoders' norms, where timm has 1e-6
@@ -133,6 +133,14 @@ class Segmenter(nn.Module):
             check_vision_transformer(encoder)
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
+        embed = encoder.patch_embed
+        if any(side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)) and not getattr(
+            embed, "dynamic_img_pad", False
+        ):
+            raise ValueError(
+                f"encoder must take images whose sides (img_size) are multiples of its patches' "
+                f"{' x '.join(map(str, embed.patch_size))} pixels, got {' x '.join(map(str, embed.img_size))}"
+            )
         for name, value in (("num_classes", num_classes), ("decoder_depth", decoder_depth)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -220,6 +228,11 @@ class Segmenter(nn.Module):
         model = copy.copy(self)
         model._modules = {"encoder": encoder, "decoder": copy.deepcopy(self.decoder)}
         return model
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The Vision Transformer in a Segmenter; any other model is its own."""
+    return model.encoder if isinstance(model, Segmenter) else model
 
 
 def set_norm_eps(model: nn.Module, eps: float | None) -> None:

@@ -36,6 +36,8 @@ from .files import write_atomically
 IGNORED = 255  # the label of pixels that are neither trained on nor counted
 
 Evaluator = Callable[..., dict[str, float]]
+SCHEDULES = ("cosine", "poly")
+_POLY_POWER = 0.9
 _PROGRESS = "progress.txt"  # a digest, and JSON after it
 _EMA = "ema.safetensors"
 
@@ -48,11 +50,12 @@ class Recipe:
         epochs: passes over the data.
         lr: peak learning rate.
         weight_decay: not applied to biases, norms, tokens, positions, merge and reconstruct matrices.
-        warmup_epochs: epochs of linear warm-up from ``warmup_lr``, part of ``epochs``; then a cosine to ``min_lr``.
+        warmup_epochs: epochs of linear warm-up from ``warmup_lr``, part of ``epochs``; then ``sched`` to ``min_lr``.
         warmup_lr: learning rate of the first step; ``None``: a thousandth of ``lr``.
         min_lr: learning rate at the end.
         clip_grad: largest gradient norm; ``None`` does not clip.
         opt: timm's name of the optimiser.
+        sched: ``"cosine"``, or ``"poly"``, a polynomial of degree 0.9 in what is left, as Segmenter is trained.
         layer_decay: the learning rate of block ``l`` is that of block ``l + 1`` times this; ``None``: all the same.
         grad_accum_steps: batches whose gradients make one step of the optimiser.
         model_ema_decay: keep an exponential moving average of the weights, which is what is evaluated and what is left
@@ -70,6 +73,7 @@ class Recipe:
     min_lr: float = 0.0
     clip_grad: float | None = 1.0
     opt: str = "adamw"
+    sched: str = "cosine"
     layer_decay: float | None = None
     grad_accum_steps: int = 1
     model_ema_decay: float | None = None
@@ -86,6 +90,7 @@ class Recipe:
             ("warmup_lr", self.warmup_lr is None or self.warmup_lr >= 0, "at least 0"),
             ("min_lr", 0 <= self.min_lr <= self.lr, f"at least 0 and at most lr = {self.lr}"),
             ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
+            ("sched", self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"),
             ("grad_accum_steps", self.grad_accum_steps >= 1, "at least 1"),
             ("model_ema_decay", self.model_ema_decay is None or 0 < self.model_ema_decay < 1, "above 0 and below 1"),
@@ -192,16 +197,21 @@ class SegmentationTask(TrainingTask):
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Images and targets (B, H, W); the output is (B * H * W, classes)."""
-        logits, targets = _by_pixel(self.trainable_module(input)), target.flatten()
-        labelled = (targets != IGNORED).sum().clamp_min(1)
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / labelled
+        found = self.trainable_module(input)
+        loss, logits = segmentation_loss(found, target), _by_pixel(found)
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = (_by_pixel(self.teacher(input)) / self.temperature).log_softmax(dim=1)
-            found = (logits / self.temperature).log_softmax(dim=1)
-            divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True) / logits.shape[1]
+            softened = (logits / self.temperature).log_softmax(dim=1)
+            divergence = F.kl_div(softened, wanted, reduction="batchmean", log_target=True) / logits.shape[1]
             loss = loss + self.alpha * self.temperature**2 * divergence
         return {"loss": loss, "output": logits}
+
+
+def segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, classes, H, W), the mean over the labelled of targets (B, H, W); 0 without any."""
+    labelled = (targets != IGNORED).sum().clamp_min(1)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") / labelled
 
 
 def _by_pixel(logits: Tensor) -> Tensor:
@@ -227,7 +237,7 @@ def fit(
     Args:
         task: from :func:`classification_task`, :func:`distillation_task` or a :class:`SegmentationTask`.
         train_loader: yields (images (B, C, H, W), targets (B,)), in segmentation (B, H, W).
-        eval_loader: what ``evaluator`` takes.
+        eval_loader: what ``evaluator`` takes: where one is given, this process's share of the images.
         recipe: how to train.
         accelerator: from :func:`make_accelerator`.
         state_dir: where the whole state is kept after every epoch, replaced as one, and the state before it as
@@ -262,14 +272,17 @@ def fit(
     optimizer = create_optimizer_v2(
         student, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
     )
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(student, optimizer, train_loader, eval_loader)
+    model, optimizer, train_loader = accelerator.prepare(student, optimizer, train_loader)
+    if evaluator is None:
+        eval_loader = accelerator.prepare(eval_loader)
     task.trainable_module = model
     task.to(accelerator.device)
     steps, group = len(train_loader), recipe.grad_accum_steps
     updates = math.ceil(steps / group)  # of an epoch; the last may be of fewer batches
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched="cosine",
+        sched=recipe.sched,
+        decay_rate=_POLY_POWER,
         num_epochs=recipe.epochs,
         warmup_epochs=recipe.warmup_epochs,
         warmup_lr=recipe.lr * 1e-3 if recipe.warmup_lr is None else recipe.warmup_lr,

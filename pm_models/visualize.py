@@ -2,9 +2,10 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -55,19 +56,59 @@ def save_plan_picture(plan: CompressionPlan, path: str | os.PathLike, image: np.
         plan_figure(plan, image).savefig(temporary, format="png", dpi=150)
 
 
-def save_accuracy_picture(points: Mapping[str, tuple[float, float]], path: str | os.PathLike) -> None:
-    """Write a PNG of models by name, each at its throughput (images/s) and accuracy (percent)."""
+def save_accuracy_picture(
+    points: Mapping[str, tuple[float, float]], path: str | os.PathLike, *, quality: str = "top-1 accuracy"
+) -> None:
+    """Write a PNG of models by name, each at its throughput (images/s) and ``quality`` (percent)."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, (speed, top1) in points.items():
-        axes.plot(speed, top1, "o", color=_KEPT)
-        axes.annotate(name, (speed, top1), xytext=(0, 7), textcoords="offset points", ha="center")
+    for name, (speed, percent) in points.items():
+        axes.plot(speed, percent, "o", color=_KEPT)
+        axes.annotate(name, (speed, percent), xytext=(0, 7), textcoords="offset points", ha="center")
     axes.margins(0.2)
     axes.set_xlabel("images per second")
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylabel(f"{quality} (%)")
     axes.grid(alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def segmentation_figure(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]]) -> Figure:
+    """Draw a row for each image: the image, and a column of classes for each of ``maps``.
+
+    Args:
+        images: (height, width, 3) each, values from 0 to 1.
+        maps: by the column's title, for each image its classes (height, width), of any size; 255 is drawn white.
+
+    Returns:
+        A matplotlib figure, not attached to any window.
+    """
+    columns = {"image": images, **{name: [_CLASS_COLOURS[found] for found in maps[name]] for name in maps}}
+    figure = Figure(figsize=(2.8 * len(columns), 2.2 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for column, (name, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(name, fontsize=9)
+        for panel, picture in zip(axes[:, column], pictures, strict=True):
+            panel.imshow(picture, interpolation="nearest")
+            panel.set_axis_off()
+    return figure
+
+
+def save_segmentation_picture(
+    images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], path: str | os.PathLike
+) -> None:
+    """Write :func:`segmentation_figure` as a PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        segmentation_figure(images, maps).savefig(temporary, format="png", dpi=110)
+
+
+def _class_colours() -> np.ndarray:
+    """(256, 3) from 0 to 1: twenty that differ well, then a scale; white for 255."""
+    scale = colormaps["nipy_spectral"](np.linspace(0, 1, 235))[:, :3]
+    return np.concatenate([np.array(colormaps["tab20"].colors), scale, np.ones((1, 3))])
+
+
+_CLASS_COLOURS = _class_colours()
 
 
 def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.ndarray | None) -> None:

@@ -1,9 +1,12 @@
 """What the tests share: small models and plans with ugly sizes."""
 
+from pathlib import Path
+
 import numpy
 import pytest
 import timm
 import torch
+import yaml
 from packaging.version import Version
 from timm.models.vision_transformer import VisionTransformer
 
@@ -69,3 +72,82 @@ def packed_qkv(batch, heads, tokens, width, dtype=torch.float64):
     """Views of one packed projection, as a ViT makes them."""
     qkv = torch.randn(batch, tokens, 3, heads, width, dtype=dtype, requires_grad=True)
     return qkv.permute(2, 0, 3, 1, 4).unbind(0), qkv
+
+
+def published_segmenter(folder: Path, decoder="mask_transformer", distilled=False, compressed=(), size=(16, 24)):
+    """A toy of width 128, two heads, patches of 4, written in the published layout; its weights."""
+    width, patch, depth, classes = 128, 4, 3, 6
+    tokens = 1 + distilled + size[0] * size[1] // patch**2
+
+    def random(*shape):
+        return 0.2 * torch.randn(shape)
+
+    weights = {
+        "encoder.cls_token": random(1, 1, width),
+        "encoder.pos_embed": random(1, tokens, width),
+        "encoder.patch_embed.proj.weight": random(width, 3, patch, patch),
+        "encoder.patch_embed.proj.bias": random(width),
+        "encoder.norm.weight": 1 + random(width),
+        "encoder.norm.bias": random(width),
+        "encoder.head.weight": random(1000, width),
+        "encoder.head.bias": random(1000),
+    }
+    if distilled:
+        weights["encoder.dist_token"] = random(1, 1, width)
+        weights["encoder.head_dist.weight"], weights["encoder.head_dist.bias"] = random(1000, width), random(1000)
+    blocks = [f"encoder.blocks.{index}" for index in range(depth)]
+    if decoder == "linear":
+        weights |= {"decoder.head.weight": random(classes, width), "decoder.head.bias": random(classes)}
+    else:
+        blocks += [f"decoder.blocks.{index}" for index in range(2)]
+        weights |= {
+            "decoder.cls_emb": random(1, classes, width),
+            "decoder.proj_dec.weight": random(width, width),
+            "decoder.proj_dec.bias": random(width),
+            "decoder.proj_patch": random(width, width),
+            "decoder.proj_classes": random(width, width),
+            "decoder.decoder_norm.weight": 1 + random(width),
+            "decoder.decoder_norm.bias": random(width),
+            "decoder.mask_norm.weight": 1 + random(classes),
+            "decoder.mask_norm.bias": random(classes),
+        }
+    for block in blocks:
+        for name, out, inner in (
+            ("attn.qkv", 3 * width, width), ("attn.proj", width, width), ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ):  # fmt: skip
+            weights[f"{block}.{name}.weight"] = 0.5 * random(out, inner)
+            weights[f"{block}.{name}.bias"] = random(out)
+        for name in ("norm1", "norm2"):
+            weights[f"{block}.{name}.weight"], weights[f"{block}.{name}.bias"] = 1 + random(width), random(width)
+    plan = CompressionPlan.from_scores(
+        torch.rand(depth, tokens - 1 - distilled), (size[0] // patch, size[1] // patch), 0.5, 0.2,
+        num_prefix_tokens=1 + distilled,
+    )  # fmt: skip
+    for block in compressed:
+        name = f"encoder.blocks.{block}.attn"
+        merge, recover = plan.merge_matrix(block), plan.reconstruct_matrix(block)
+        weights[f"{name}.merge_matrix"] = merge + 0.05 * torch.randn_like(merge)
+        weights[f"{name}.recover_matrix"] = recover + 0.05 * torch.randn_like(recover)
+        weights[f"{name}.token_mask"] = plan.token_mask(block)
+    folder.mkdir()
+    torch.save({"model": weights, "epoch": 3}, folder / "checkpoint.pth")
+    variant = {
+        "inference_kwargs": {"window_size": size[0], "window_stride": size[0] - 32},
+        "net_kwargs": {
+            "backbone": "vit_tiny_patch16_384",
+            "d_model": width,
+            "decoder": {"name": decoder, "n_layers": 2, "drop_path_rate": 0.0, "dropout": 0.1, "n_cls": classes},
+            "distilled": distilled,
+            "drop_path_rate": 0.1,
+            "dropout": 0.0,
+            "image_size": list(size),
+            "n_cls": classes,
+            "n_heads": 2,
+            "n_layers": depth,
+            "normalization": "vit",
+            "patch_size": patch,
+        },
+    }
+    (folder / "variant.yml").write_text(yaml.safe_dump(variant))
+    return weights

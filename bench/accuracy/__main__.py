@@ -20,12 +20,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="image folder with train/ and test/")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, states and finished runs")
     parser.add_argument("--results", type=Path, default=FOLDER, help="write <device>/accuracy_cifar10.json here")
+    parser.add_argument("--setting", choices=SETTINGS, help="model and training (the device's: cpu or cuda)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the fine-tuning (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so, in this order")
     parser.add_argument("--measure", action="store_true", help="train nothing more: measure what there is")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = SETTINGS[device]
+    setting = SETTINGS[options.setting or device]
     study = Study(setting, options.data, options.work, device)
     runs = all_runs(setting, options.seeds)
     if not options.measure:
@@ -34,7 +35,8 @@ def main() -> None:
                 if run.name.startswith(name):
                     study.do(run)
     if not options.only:
-        study.measure(options.results / device / "accuracy_cifar10.json", runs)
+        suffix = options.setting.removeprefix(device).replace("-", "_") if options.setting else ""
+        study.measure(options.results / device / f"accuracy_cifar10{suffix}.json", runs)
 
 
 if __name__ == "__main__":

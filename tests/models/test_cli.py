@@ -328,7 +328,7 @@ def test_no_such_recipe(capsys, data, tmp_path):
     assert "no file deit_smal, and no recipe of that name: there are augreg_base, deit_base" in err
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("segmenter")])
 def test_shipped_recipes(capsys, data, dense, tmp_path, name):
     """Each is the whole of a command: with the data, the model and the folder it runs, on four images a step."""
     alpha = {"deit_tiny": 0.8}.get(name, 1.0)
@@ -341,7 +341,7 @@ def test_shipped_recipes(capsys, data, dense, tmp_path, name):
         return distillation_task(*models, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("pm_models.commands.distillation_task", task)
+        patched.setattr("pm_models.tasks.distillation_task", task)
         status, _, err = run(capsys, *arguments)
     assert status == 0, err
     assert found == {"alpha": alpha, "temperature": 20.0, "smoothing": 0.1}
@@ -490,7 +490,7 @@ MISTAKES = {
     ),
     "uncompressed": ([*FINETUNE, "{dense}"], "is uncompressed: give --keep-rate .* and --prune-rate, or a folder"),
     "uncompressed, half told": ([*FINETUNE, "{dense}", "--keep-rate", "0.5"], "is uncompressed: give --keep-rate"),
-    "a segmenter": ([*FINETUNE, "{segmenter}"], "holds a Segmenter, expected a model that classifies images"),
+    "a segmenter": ([*FINETUNE, "{segmenter}"], "holds a Segmenter: give --task segmentation"),
     "no model": ([*FINETUNE, "{tmp}/nowhere"], "nowhere is neither a saved folder nor a timm model"),
     "not a folder": ([*FINETUNE, "{tmp}"], "is no saved model: expected config.json and model.safetensors"),
     "output below a file": (

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import plan_for, small_vit
+from helpers import plan_for, published_segmenter, small_vit
 from timm.layers import Attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,85 +97,6 @@ def segmenter_written_out(weights, images, patch, heads, matrices=None):
     return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def published(folder, decoder="mask_transformer", distilled=False, compressed=(), size=(16, 24)):
-    """A toy of width 128, two heads, patches of 4: the weights, and the files that hold them."""
-    width, patch, depth, classes = 128, 4, 3, 6
-    tokens = 1 + distilled + size[0] * size[1] // patch**2
-
-    def random(*shape):
-        return 0.2 * torch.randn(shape)
-
-    weights = {
-        "encoder.cls_token": random(1, 1, width),
-        "encoder.pos_embed": random(1, tokens, width),
-        "encoder.patch_embed.proj.weight": random(width, 3, patch, patch),
-        "encoder.patch_embed.proj.bias": random(width),
-        "encoder.norm.weight": 1 + random(width),
-        "encoder.norm.bias": random(width),
-        "encoder.head.weight": random(1000, width),
-        "encoder.head.bias": random(1000),
-    }
-    if distilled:
-        weights["encoder.dist_token"] = random(1, 1, width)
-        weights["encoder.head_dist.weight"], weights["encoder.head_dist.bias"] = random(1000, width), random(1000)
-    blocks = [f"encoder.blocks.{index}" for index in range(depth)]
-    if decoder == "linear":
-        weights |= {"decoder.head.weight": random(classes, width), "decoder.head.bias": random(classes)}
-    else:
-        blocks += [f"decoder.blocks.{index}" for index in range(2)]
-        weights |= {
-            "decoder.cls_emb": random(1, classes, width),
-            "decoder.proj_dec.weight": random(width, width),
-            "decoder.proj_dec.bias": random(width),
-            "decoder.proj_patch": random(width, width),
-            "decoder.proj_classes": random(width, width),
-            "decoder.decoder_norm.weight": 1 + random(width),
-            "decoder.decoder_norm.bias": random(width),
-            "decoder.mask_norm.weight": 1 + random(classes),
-            "decoder.mask_norm.bias": random(classes),
-        }
-    for block in blocks:
-        for name, out, inner in (
-            ("attn.qkv", 3 * width, width), ("attn.proj", width, width), ("mlp.fc1", 4 * width, width),
-            ("mlp.fc2", width, 4 * width),
-        ):  # fmt: skip
-            weights[f"{block}.{name}.weight"] = 0.5 * random(out, inner)
-            weights[f"{block}.{name}.bias"] = random(out)
-        for name in ("norm1", "norm2"):
-            weights[f"{block}.{name}.weight"], weights[f"{block}.{name}.bias"] = 1 + random(width), random(width)
-    plan = CompressionPlan.from_scores(
-        torch.rand(depth, tokens - 1 - distilled), (size[0] // patch, size[1] // patch), 0.5, 0.2,
-        num_prefix_tokens=1 + distilled,
-    )  # fmt: skip
-    for block in compressed:
-        name = f"encoder.blocks.{block}.attn"
-        merge, recover = plan.merge_matrix(block), plan.reconstruct_matrix(block)
-        weights[f"{name}.merge_matrix"] = merge + 0.05 * torch.randn_like(merge)
-        weights[f"{name}.recover_matrix"] = recover + 0.05 * torch.randn_like(recover)
-        weights[f"{name}.token_mask"] = plan.token_mask(block)
-    folder.mkdir()
-    torch.save({"model": weights, "epoch": 3}, folder / "checkpoint.pth")
-    variant = {
-        "inference_kwargs": {"window_size": size[0], "window_stride": size[0] - 32},
-        "net_kwargs": {
-            "backbone": "vit_tiny_patch16_384",
-            "d_model": width,
-            "decoder": {"name": decoder, "n_layers": 2, "drop_path_rate": 0.0, "dropout": 0.1, "n_cls": classes},
-            "distilled": distilled,
-            "drop_path_rate": 0.1,
-            "dropout": 0.0,
-            "image_size": list(size),
-            "n_cls": classes,
-            "n_heads": 2,
-            "n_layers": depth,
-            "normalization": "vit",
-            "patch_size": patch,
-        },
-    }
-    (folder / "variant.yml").write_text(yaml.safe_dump(variant))
-    return weights
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -188,11 +109,14 @@ def published(folder, decoder="mask_transformer", distilled=False, compressed=()
 )
 def test_published_checkpoints(tmp_path, arguments):
     torch.manual_seed(0)
-    weights = published(tmp_path / "toy", **arguments)
+    weights = published_segmenter(tmp_path / "toy", **arguments)
     images = torch.randn(2, 3, *arguments.get("size", (16, 24)))
     expected = segmenter_written_out(
         {name: value.double() for name, value in weights.items()}, images.double(), patch=4, heads=2
     )
+    for kind, mean in (("deit", (0.485, 0.456, 0.406)), ("vit", (0.5, 0.5, 0.5))):
+        edit(tmp_path / "toy", normalization=kind)
+        assert load_segmenter_checkpoint(tmp_path / "toy").encoder.pretrained_cfg["mean"] == mean
     for path in (tmp_path / "toy", tmp_path / "toy" / "checkpoint.pth"):
         model = load_segmenter_checkpoint(path)
         assert not model.training
@@ -210,6 +134,7 @@ def test_published_checkpoints(tmp_path, arguments):
         (lambda folder: (folder / "checkpoint.pth").unlink(), FileNotFoundError, "no checkpoint file at"),
         (lambda folder: (folder / "variant.yml").write_text("a: ["), ValueError, "does not describe a Segmenter"),
         (lambda folder: (folder / "variant.yml").write_text("- 1"), ValueError, "does not describe a Segmenter"),
+        (lambda folder: edit(folder, normalization="x"), ValueError, "does not describe a Segmenter"),
         (lambda folder: edit(folder, n_cls=7), ValueError, "(?s)are of another model: .*cls_emb"),
         (lambda folder: edit(folder, d_model=64), ValueError, "says d_model 64, but the weights .* have 128"),
         (lambda folder: edit(folder, image_size=[16, 16]), ValueError, "(?s)are of another model: .*pos_embed"),
@@ -219,7 +144,7 @@ def test_published_checkpoints(tmp_path, arguments):
     ],
 )
 def test_foreign_published_checkpoints(tmp_path, damage, error, message):
-    published(tmp_path / "toy")
+    published_segmenter(tmp_path / "toy")
     damage(tmp_path / "toy")
     with pytest.raises(error, match=message):
         load_segmenter_checkpoint(tmp_path / "toy")
