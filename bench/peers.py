@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from pm_models import Segmenter
+from pm_models.data import input_size
 from pm_models.measure import count_gmacs
+
+Model = VisionTransformer | Segmenter
 
 
 class Attended(NamedTuple):
@@ -131,6 +135,41 @@ def keep_attentive(x: Tensor, attention: Tensor, keep_rate: float) -> Tensor:
     return torch.cat([x[:, :1], kept, (weights * rest).sum(dim=1, keepdim=True).to(x.dtype)], dim=1)
 
 
+class LocalMergeBlocks(nn.Module):
+    """The first step of ALGM (arXiv 2406.09936): after the first block, 2 x 2 patches become their mean where alike.
+
+    Those are the ``count`` windows of each image whose patches have the greatest cosine similarity to each other. After
+    the last block every patch gets its window's token.
+    """
+
+    def __init__(self, blocks: nn.Module, grid: tuple[int, int], count: int) -> None:
+        super().__init__()
+        self.blocks, self.count = nn.ModuleList(blocks), count
+        rows, columns = (side // 2 for side in grid)
+        places = torch.arange(4 * rows * columns).view(rows, 2, columns, 2).permute(0, 2, 1, 3).reshape(-1, 4)
+        self.register_buffer("places", places, persistent=False)  # the patches of each window
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        x = self.blocks[0](x)
+        prefix = x.shape[1] - self.places.numel()
+        first, patches = x[:, :prefix], x[:, prefix:]
+        windows = patches[:, self.places]  # (B, windows, 4, D)
+        normed = F.normalize(windows, dim=-1)
+        order = (normed @ normed.mT).sum(dim=(2, 3)).argsort(dim=1, descending=True)
+        merged, single = order[:, : self.count], order[:, self.count :]
+
+        def of(chosen: Tensor) -> Tensor:
+            return windows.gather(1, chosen[:, :, None, None].expand(-1, -1, *windows.shape[2:]))
+
+        x = torch.cat([first, of(merged).mean(dim=2), of(single).flatten(1, 2)], dim=1)
+        for block in self.blocks[1:]:
+            x = block(x)
+        first, means, others = x.split([prefix, self.count, 4 * single.shape[1]], dim=1)
+        restored = torch.cat([means.unsqueeze(2).expand(-1, -1, 4, -1), others.unflatten(1, (-1, 4))], dim=1)
+        places = self.places[order].flatten(1)[:, :, None].expand(-1, -1, x.shape[-1])
+        return torch.cat([first, torch.empty_like(patches).scatter(1, places, restored.flatten(1, 2))], dim=1)
+
+
 class DynamicViTBlocks(nn.Module):
     """DynamicViT (arXiv 2106.02034) in inference: before some blocks a small network says which tokens stay.
 
@@ -194,16 +233,16 @@ def dynamic_vit(model: VisionTransformer, keep_rate: float) -> VisionTransformer
 
 
 def matched(
-    make: Callable[[VisionTransformer, float], VisionTransformer],
-    model: VisionTransformer,
+    make: Callable[[Model, float], Model],
+    model: Model,
     settings: list[float],
     gmacs: float,
-) -> tuple[VisionTransformer, float]:
+) -> tuple[Model, float]:
     """``make(model, setting)`` with the setting whose GMACs come closest, and the setting.
 
     GMACs rise along ``settings``, or fall.
     """
-    size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    size = input_size(model)
     counted: dict[int, float] = {}
 
     def distance(index: int) -> float:
@@ -218,6 +257,14 @@ def matched(
         low, high = (low, middle) if (distance(middle) > 0) == rising else (middle, high)
     best = min((low, high), key=lambda index: abs(distance(index)))
     return make(model, settings[best]), settings[best]
+
+
+def local_merge(model: Segmenter, count: int) -> Segmenter:
+    """Of a Segmenter with an even number of rows and columns of patches."""
+    other = copy.deepcopy(model)
+    grid = other.encoder.patch_embed.grid_size
+    other.encoder.blocks = nn.Sequential(LocalMergeBlocks(other.encoder.blocks, grid, count))
+    return other
 
 
 def _with_blocks(model: VisionTransformer, wrap: Callable[[nn.Module], nn.Module]) -> VisionTransformer:

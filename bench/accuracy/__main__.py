@@ -1,7 +1,8 @@
-"""Train, compress and fine-tune on CIFAR-10, and write accuracy against throughput to a result file.
+"""Train, compress and fine-tune on real images, and write accuracy against throughput to a result file.
 
 ``python -m bench.accuracy DATA --work FOLDER`` does what ``FOLDER`` does not hold yet: a stopped run continues. DATA is
-an image folder: ``train/<class>/*`` and ``test/<class>/*``. The throughputs are measured last, in one process. With
+CIFAR-10 as an image folder, ``train/<class>/*`` and ``test/<class>/*``; with ``--task segmentation`` it is CamVid,
+``images/{train,test}/*`` and ``labels/{train,test}/*``. The throughputs are measured last, in one process. With
 ``--only``, several processes can share the runs between them.
 """
 
@@ -11,32 +12,38 @@ from pathlib import Path
 import torch
 
 from ..results import FOLDER
-from .curve import Study
-from .runs import SETTINGS, all_runs
+from .camvid import CamVid
+from .cifar10 import Cifar10
+from .runs import CAMVID, CIFAR10, classification_runs, segmentation_runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="image folder with train/ and test/")
+    parser.add_argument("data", type=Path, help="folder of CIFAR-10, or of CamVid")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, states and finished runs")
-    parser.add_argument("--results", type=Path, default=FOLDER, help="write <device>/accuracy_cifar10.json here")
-    parser.add_argument("--setting", choices=SETTINGS, help="model and training (the device's: cpu or cuda)")
+    parser.add_argument("--task", choices=("classification", "segmentation"), default="classification")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="write <device>/<study>.json here")
+    parser.add_argument("--setting", choices={**CIFAR10, **CAMVID}, help="model and training (the device's)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the fine-tuning (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so, in this order")
     parser.add_argument("--measure", action="store_true", help="train nothing more: measure what there is")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = SETTINGS[options.setting or device]
-    study = Study(setting, options.data, options.work, device)
-    runs = all_runs(setting, options.seeds)
+    name = options.setting or device
+    if options.task == "segmentation":
+        study = CamVid(CAMVID[name], options.data, options.work, device)
+        runs, file = segmentation_runs(options.seeds), "segmentation_camvid"
+    else:
+        study = Cifar10(CIFAR10[name], options.data, options.work, device)
+        runs, file = classification_runs(study.setting, options.seeds), "accuracy_cifar10"
     if not options.measure:
-        for name in options.only or [""]:
+        for wanted in options.only or [""]:
             for run in runs:
-                if run.name.startswith(name):
+                if run.name.startswith(wanted):
                     study.do(run)
     if not options.only:
-        suffix = options.setting.removeprefix(device).replace("-", "_") if options.setting else ""
-        study.measure(options.results / device / f"accuracy_cifar10{suffix}.json", runs)
+        suffix = name.removeprefix(device).replace("-", "_")
+        study.measure(options.results / device / f"{file}{suffix}.json", runs)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 PRUNE_RATE = 0.1
 VARIANTS_AT = 0.6  # the keep rate at which the variants are compared
@@ -24,14 +28,24 @@ class Setting:
     lr: float
     tune_epochs: int
     tune_lr: float
-    smaller_images: tuple[int, ...]
+    smaller_images: tuple[int, ...] = ()
     weight_decay: float = 0.05
     warmup_epochs: int = 2
     score_batches: int = 16
     crop_scale: tuple[float, float] = (0.5, 1.0)
+    decoder_depth: int = 2
 
 
-SETTINGS = {
+def new_encoder(setting: Setting, num_classes: int) -> VisionTransformer:
+    """The setting's Vision Transformer, the same random weights every time."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=setting.image, patch_size=setting.patch, embed_dim=setting.width,
+        depth=setting.depth, num_heads=setting.heads, num_classes=num_classes,
+    )  # fmt: skip
+
+
+CIFAR10 = {
     # 64 patches as 8 x 8: what two cores train in a few hours.
     "cpu": Setting(
         image=32, patch=4, width=96, depth=6, heads=2, batch=128, epochs=14, lr=1e-3, tune_epochs=2, tune_lr=2e-4,
@@ -50,13 +64,27 @@ SETTINGS = {
 }  # fmt: skip
 
 
+CAMVID = {
+    # 256 patches as 16 x 16.
+    "cpu": Setting(
+        image=128, patch=8, width=96, depth=6, heads=2, batch=8, epochs=60, lr=1e-3, tune_epochs=10, tune_lr=3e-4,
+        warmup_epochs=3, crop_scale=(0.5, 2.0),
+    ),
+    # 1600 patches as 40 x 40, as Segmenter has it at 640 pixels.
+    "cuda": Setting(
+        image=320, patch=8, width=384, depth=12, heads=6, batch=16, epochs=200, lr=5e-4, tune_epochs=30, tune_lr=1e-4,
+        warmup_epochs=10, crop_scale=(0.5, 2.0),
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Run:
     """One model made of the dense one, measured, fine-tuned, and measured again.
 
-    ``method`` is ``dense``, ``prune_and_merge``, ``random_scores``, ``smaller_images``, ``tome`` or ``evit``. The last
-    two get the GMACs of ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are arguments of
-    ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
+    ``method`` is ``dense``, ``prune_and_merge``, ``random_scores``, ``smaller_images``, ``tome``, ``evit`` or
+    ``local_merge``. The last three get the GMACs of ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are
+    arguments of ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
     """
 
     method: str
@@ -78,7 +106,20 @@ class Run:
         return "-".join(str(part) for part in [*parts, f"seed{self.seed}"] if part)
 
 
-def all_runs(setting: Setting, seeds: int) -> list[Run]:
+def segmentation_runs(seeds: int) -> list[Run]:
+    """The curve first, then what it is compared with, and the same once more for every other seed."""
+    rates = (0.8, 0.7, 0.5)
+    return [
+        run
+        for seed in range(seeds)
+        for run in (
+            Run("dense", seed=seed),
+            *(Run(method, rate, seed=seed) for method in ("prune_and_merge", "local_merge") for rate in rates),
+        )
+    ]
+
+
+def classification_runs(setting: Setting, seeds: int) -> list[Run]:
     """The curve first, then what it is compared with, the variants, and the same once more for every other seed."""
     return [
         *_curve(0),

@@ -1,0 +1,118 @@
+"""Segmentation of CamVid by a Segmenter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.task.task import TrainingTask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pm_models import CompressionPlan, Segmenter
+from pm_models.data import input_size
+from pm_models.segmentation import (
+    Sample,
+    SegmentationImages,
+    evaluate_segmentation,
+    make_evaluation_loader,
+    make_scoring_loader,
+    make_training_loader,
+    predicted_classes,
+    sample_images,
+)
+from pm_models.training import SegmentationTask, segmentation_loss
+from pm_models.visualize import save_plan_picture, save_segmentation_picture
+
+from ..memory import activation_bytes
+from ..peers import local_merge, matched
+from .runs import Run, Setting, new_encoder
+from .study import Study
+
+CLASSES, VOID = 11, 11
+DRAWN = (Run("dense"), Run("prune_and_merge", 0.7), Run("prune_and_merge", 0.5), Run("local_merge", 0.7))
+DRAWN_IMAGES = 3
+
+
+class CamVid(Study):
+    """On a folder with ``images/{train,test}/*`` and ``labels/{train,test}/*``, classes 0 to 10 and 11 for void."""
+
+    quality = "miou"
+
+    def __init__(self, setting: Setting, data: Path, work: Path, device: str) -> None:
+        super().__init__(setting, work, device)
+        self.train_set, self.test_set = (
+            SegmentationImages(data, split, num_classes=CLASSES, ignore_index=VOID) for split in ("train", "test")
+        )
+
+    def new_model(self) -> Segmenter:
+        return Segmenter(new_encoder(self.setting, num_classes=0), CLASSES, decoder_depth=self.setting.decoder_depth)
+
+    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
+        like = self.new_model()
+        train = make_training_loader(
+            self.train_set,
+            like,
+            batch_size=self.setting.batch,
+            workers=1,
+            seed=seed,
+            scale=self.setting.crop_scale,
+        )
+        return train, make_evaluation_loader(self.test_set, like, workers=1)
+
+    def scoring_loader(self) -> DataLoader:
+        return make_scoring_loader(
+            self.train_set,
+            self.dense,
+            batches=self.setting.score_batches,
+            batch_size=self.setting.batch,
+            workers=1,
+            seed=0,
+        )
+
+    def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
+        return SegmentationTask(model, teacher)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return segmentation_loss(logits, targets)
+
+    def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]:
+        found = evaluate_segmentation(model, loader, accelerator=accelerator)
+        return {"top1": found.aacc, **found._asdict()}
+
+    def compress(self, plan: CompressionPlan, **options: object) -> Segmenter:
+        return self.dense.compressed(plan, **options)
+
+    def peer(self, run: Run) -> Segmenter:
+        windows = self.dense.encoder.patch_embed.num_patches // 4
+        return matched(local_merge, self.dense, list(range(1, windows + 1)), self.gmacs(run))[0]
+
+    def facts(self, model: Segmenter) -> dict[str, object]:
+        images = torch.randn(self.setting.batch, *input_size(model), device=self.accelerator.device)
+        with self.accelerator.autocast():
+            return {"activation_bytes": activation_bytes(model.train(), images)}
+
+    def finished(self, run: Run, model: Segmenter) -> None:
+        """Keep what the model predicts for the images that are drawn."""
+        found = [predicted_classes(model, sample.image, sample.labels.shape) for sample in self._samples()]
+        path = self._predictions(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.stack(found).astype(np.uint8))
+
+    def draw(self, folder: Path) -> None:
+        samples = self._samples()
+        maps = {"labels": [sample.labels for sample in samples]}
+        for run in DRAWN:
+            if self._predictions(run).is_file():
+                name = run.method.replace("_", " ") + (f" {run.keep_rate:g}" if run.keep_rate else "")
+                maps[name] = list(np.load(self._predictions(run)))
+        save_segmentation_picture([sample.picture for sample in samples], maps, folder / "segmentation.png")
+        height, width = self.dense.image_size
+        plan = self.plan(Run("prune_and_merge", 0.7))
+        save_plan_picture(plan, folder / "segmentation_plan.png", samples[0].picture[:height, :width])
+
+    def _samples(self) -> list[Sample]:
+        return sample_images(self.test_set, self.dense, DRAWN_IMAGES)
+
+    def _predictions(self, run: Run) -> Path:
+        return self.work / "predictions" / f"{run.name}.npy"

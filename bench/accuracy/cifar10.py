@@ -1,0 +1,91 @@
+"""Classification of CIFAR-10."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.task.task import TrainingTask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pm_models import CompressionPlan, PMVisionTransformer, compress
+from pm_models.data import calibration_loader, make_loader, open_dataset
+from pm_models.training import classification_task, distillation_task, evaluate
+
+from ..models import RATES
+from ..peers import evit, matched, tome
+from .runs import Run, Setting, new_encoder
+from .study import Study
+
+
+class Smaller(nn.Module):
+    """Images made smaller, and their patches."""
+
+    def __init__(self, embed: nn.Module, image: int) -> None:
+        super().__init__()
+        self.embed, self.image = embed, image
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embed(F.interpolate(images, self.image, mode="bilinear", antialias=True, align_corners=False))
+
+
+class Cifar10(Study):
+    """On an image folder, ``train/<class>/*`` and ``test/<class>/*``."""
+
+    quality = "top1"
+
+    def __init__(self, setting: Setting, data: Path, work: Path, device: str) -> None:
+        super().__init__(setting, work, device)
+        self.train_set, self.test_set = (open_dataset(data, split) for split in ("train", "validation"))
+
+    def new_model(self) -> VisionTransformer:
+        return new_encoder(self.setting, num_classes=10)
+
+    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
+        shared = {"batch_size": self.setting.batch, "workers": 1, "crop_pct": 1.0}
+        like = self.new_model()
+        train = make_loader(
+            self.train_set, like, **shared, training=True, seed=seed, scale=self.setting.crop_scale, color_jitter=None
+        )
+        return train, self.accelerator.prepare(make_loader(self.test_set, like, **shared))
+
+    def scoring_loader(self) -> DataLoader:
+        return calibration_loader(
+            self.train_set,
+            self.dense,
+            batches=self.setting.score_batches,
+            batch_size=self.setting.batch,
+            workers=1,
+            seed=0,
+        )
+
+    def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
+        return classification_task(model, smoothing=0.1) if teacher is None else distillation_task(model, teacher)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets)
+
+    def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]:
+        return evaluate(model, loader, accelerator=accelerator)
+
+    def compress(self, plan: CompressionPlan, **options: object) -> PMVisionTransformer:
+        return compress(self.dense, plan, **options)
+
+    def peer(self, run: Run) -> nn.Module:
+        if run.method == "smaller_images":
+            model = new_encoder(replace(self.setting, image=run.image), num_classes=10)
+            model.load_state_dict(checkpoint_filter_fn(self.dense.state_dict(), model))
+            model.patch_embed = nn.Sequential(Smaller(model.patch_embed, run.image))
+            return model
+        merged = list(range(1, 2 * self.dense.patch_embed.num_patches // self.setting.depth))
+        make, tried = (tome, merged) if run.method == "tome" else (evit, RATES)
+        return matched(make, self.dense, tried, self.gmacs(run))[0]
+
+    def timed(self, run: Run, images: Tensor) -> tuple[nn.Module, Tensor]:
+        model = self.build(run).eval()
+        if run.method != "smaller_images":
+            return model, images
+        model.patch_embed = model.patch_embed[0].embed  # smaller images cost no resizing
+        return model, images[..., : run.image, : run.image].contiguous()

@@ -1,0 +1,197 @@
+"""One study: a dense model, every run made of it, and the file with their accuracies and speeds."""
+
+import copy
+import json
+import shutil
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from timm.task.task import TrainingTask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pm_models import CompressionPlan, load_pretrained, save_pretrained, score_tokens
+from pm_models.data import input_size
+from pm_models.files import write_atomically
+from pm_models.measure import alternate, count_gmacs
+from pm_models.segmenter import encoder_of
+from pm_models.training import Recipe, fit, make_accelerator
+
+from .. import results
+from ..machine import describe, versions
+from .runs import PRUNE_RATE, Run, Setting
+
+
+class Study(ABC):
+    """The dense model of ``setting`` trained on some data, and the runs made of it.
+
+    ``work`` holds the dense model, the state of an unfinished run, and one file for each finished run.
+    """
+
+    quality: str  # what of an evaluation is the accuracy
+
+    def __init__(self, setting: Setting, work: Path, device: str) -> None:
+        self.setting, self.work = setting, work
+        self._dense_epochs = work / "dense_epochs.json"
+        self.accelerator = make_accelerator(mixed_precision="bf16", cpu=device == "cpu")
+
+    @abstractmethod
+    def new_model(self) -> nn.Module:
+        """The dense model before training."""
+
+    @abstractmethod
+    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
+        """Training images augmented and shuffled by ``seed``, and test images as they are."""
+
+    @abstractmethod
+    def scoring_loader(self) -> DataLoader: ...
+
+    @abstractmethod
+    def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
+        """Of training from scratch, or of fine-tuning."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What tokens are scored by."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]: ...
+
+    @abstractmethod
+    def compress(self, plan: CompressionPlan, **options: object) -> nn.Module:
+        """The dense model by a plan."""
+
+    @abstractmethod
+    def peer(self, run: Run) -> nn.Module:
+        """The model of a method that is not ours."""
+
+    def timed(self, run: Run, images: Tensor) -> tuple[nn.Module, Tensor]:
+        """The run's model as it is timed, and its share of the images' pixels."""
+        return self.build(run).eval(), images
+
+    def facts(self, model: nn.Module) -> dict[str, object]:
+        """More to write down of a run's model."""
+        return {}
+
+    def finished(self, run: Run, model: nn.Module) -> None:  # noqa: B027 - most studies do nothing
+        """Called with each fine-tuned model, before it is forgotten."""
+
+    def draw(self, folder: Path) -> None:  # noqa: B027
+        """Draw pictures, where there are any, into the folder of the results."""
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The trained dense model; trained now if it was not yet."""
+        folder = self.work / "dense"
+        if not (folder / "config.json").is_file():
+            recipe = Recipe(
+                epochs=self.setting.epochs,
+                lr=self.setting.lr,
+                weight_decay=self.setting.weight_decay,
+                warmup_epochs=self.setting.warmup_epochs,
+            )
+            task = self.task(self.new_model(), None)
+            epochs = self._fit(task, 0, recipe, self.work / "dense_state")
+            write_atomically(self._dense_epochs, json.dumps([asdict(epoch) for epoch in epochs]).encode())
+            save_pretrained(task.trainable_module.eval().cpu(), folder)
+        return load_pretrained(folder).eval().to(self.accelerator.device)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(L, patches), kept beside the dense model."""
+        path = self.work / "scores.pt"
+        if not path.is_file():
+            batches = self.setting.score_batches
+            torch.save(score_tokens(self.dense, self.scoring_loader(), batches=batches, loss_fn=self.loss), path)
+        return torch.load(path, weights_only=True)
+
+    def do(self, run: Run) -> None:
+        """Measure, fine-tune, measure; nothing where this was done before."""
+        path = self._record(run)
+        if path.is_file():
+            return
+        print(f"== {run.name}", flush=True)
+        model = self.build(run)
+        before = self.evaluate(model, self.loaders(run.seed)[1], accelerator=self.accelerator)
+        recipe = Recipe(epochs=self.setting.tune_epochs, lr=self.setting.tune_lr, weight_decay=1e-3, seed=run.seed)
+        state, start = self.work / f"{path.stem}_state", time.perf_counter()
+        task = self.task(model, copy.deepcopy(self.dense))
+        epochs = self._fit(task, run.seed, recipe, state)
+        self.finished(run, task.trainable_module.eval())
+        record = {
+            **asdict(run),
+            f"{self.quality}_before": before[self.quality],
+            self.quality: getattr(epochs[-1], self.quality),
+            "epochs": [asdict(epoch) for epoch in epochs],
+            "seconds": time.perf_counter() - start,
+            **versions(),
+        }
+        write_atomically(path, json.dumps(record, indent=1).encode())
+        for folder in (state, state.with_name(f"{state.name}.old")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def build(self, run: Run) -> nn.Module:
+        """The run's model as it is before fine-tuning."""
+        torch.manual_seed(run.seed)
+        if run.method == "dense":
+            return copy.deepcopy(self.dense)
+        if run.method in ("prune_and_merge", "random_scores"):
+            return self.compress(self.plan(run), **run.compress).eval().to(self.accelerator.device)
+        return self.peer(run).eval().to(self.accelerator.device)
+
+    def plan(self, run: Run) -> CompressionPlan:
+        """The plan of a run, or of ``prune_and_merge`` at its keep rate."""
+        scores = torch.rand_like(self.scores) if run.method == "random_scores" else self.scores
+        arguments = {"prune_rate": PRUNE_RATE, **run.plan}
+        return CompressionPlan.from_scores(
+            scores, encoder_of(self.dense).patch_embed.grid_size, run.keep_rate, **arguments
+        )
+
+    def gmacs(self, run: Run) -> float:
+        """Those of ``prune_and_merge`` at the run's keep rate."""
+        return count_gmacs(self.compress(self.plan(run)), input_size(self.dense))
+
+    def measure(self, path: Path, runs: list[Run], rounds: int = 20) -> None:
+        """Time the model of every finished run, seeds aside, all in turns, and write the result file."""
+        done = [run for run in runs if self._record(run).is_file()]
+        device = self.accelerator.device
+        images = torch.randn(self.setting.batch, *input_size(self.dense), device=device)
+        calls, found = {}, {}
+        timed = {run.name: run for run in (Run("dense"), *(replace(run, seed=0) for run in done))}
+        for run in timed.values():
+            model, given = self.timed(run, images)
+            found[run.name] = {"gmacs": count_gmacs(model, tuple(given.shape[1:])), **self.facts(model)}
+            calls[run.name] = lambda model=model, given=given: model(given)
+        with torch.inference_mode(), self.accelerator.autocast():
+            seconds = alternate(calls, rounds, device.type == "cuda")
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        dense = medians[Run("dense").name]
+        records = []
+        for run in done:
+            first = replace(run, seed=0).name
+            record = json.loads(self._record(run).read_text(encoding="utf-8"))
+            record |= {"name": run.name, **found[first], "speedup": dense / medians[first]}
+            records.append(record | {"images_per_second": len(images) / medians[first]})
+        epochs = json.loads(self._dense_epochs.read_text(encoding="utf-8"))
+        facts = {**describe(device.type), "setting": asdict(self.setting), "dense_epochs": epochs}
+        results.write(path, facts, records)
+        self.draw(path.parent)
+
+    def _fit(self, task: TrainingTask, seed: int, recipe: Recipe, state: Path) -> list:
+        return fit(
+            task,
+            *self.loaders(seed),
+            recipe,
+            accelerator=self.accelerator,
+            state_dir=state,
+            evaluator=self.evaluate,
+        )
+
+    def _record(self, run: Run) -> Path:
+        return self.work / "runs" / f"{run.name.replace(' ', '_')}.json"
