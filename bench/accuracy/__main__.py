@@ -2,7 +2,7 @@
 
 ``python -m bench.accuracy DATA --work FOLDER`` does what ``FOLDER`` does not hold yet: a stopped run continues. DATA is
 CIFAR-10 as an image folder, ``train/<class>/*`` and ``test/<class>/*``; with ``--task segmentation`` it is CamVid,
-``images/{train,test}/*`` and ``labels/{train,test}/*``. The throughputs are measured last, in one process. With
+``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. The throughputs are measured last, in one process. With
 ``--only``, several processes can share the runs between them.
 """
 

@@ -32,17 +32,19 @@ from .study import Study
 CLASSES, VOID = 11, 11
 DRAWN = (Run("dense"), Run("prune_and_merge", 0.7), Run("prune_and_merge", 0.5), Run("local_merge", 0.7))
 DRAWN_IMAGES = 3
+FOLLOWED = 10  # one in so many validation images is evaluated after every epoch; all test images at the end
 
 
 class CamVid(Study):
-    """On a folder with ``images/{train,test}/*`` and ``labels/{train,test}/*``, classes 0 to 10 and 11 for void."""
+    """On a folder with ``images/{train,val,test}/*`` and ``labels/...``, classes 0 to 10 and 11 for void."""
 
     quality = "miou"
 
     def __init__(self, setting: Setting, data: Path, work: Path, device: str) -> None:
         super().__init__(setting, work, device)
-        self.train_set, self.test_set = (
-            SegmentationImages(data, split, num_classes=CLASSES, ignore_index=VOID) for split in ("train", "test")
+        self.train_set, self.val_set, self.test_set = (
+            SegmentationImages(data, split, num_classes=CLASSES, ignore_index=VOID)
+            for split in ("train", "val", "test")
         )
 
     def new_model(self) -> Segmenter:
@@ -58,7 +60,10 @@ class CamVid(Study):
             seed=seed,
             scale=self.setting.crop_scale,
         )
-        return train, make_evaluation_loader(self.test_set, like, workers=1)
+        return train, make_evaluation_loader(self.val_set, like, workers=1, share=(0, FOLLOWED))
+
+    def test_loader(self) -> DataLoader:
+        return make_evaluation_loader(self.test_set, self.new_model(), workers=1)
 
     def scoring_loader(self) -> DataLoader:
         return make_scoring_loader(

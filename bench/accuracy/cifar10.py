@@ -44,12 +44,21 @@ class Cifar10(Study):
         return new_encoder(self.setting, num_classes=10)
 
     def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
-        shared = {"batch_size": self.setting.batch, "workers": 1, "crop_pct": 1.0}
-        like = self.new_model()
         train = make_loader(
-            self.train_set, like, **shared, training=True, seed=seed, scale=self.setting.crop_scale, color_jitter=None
+            self.train_set,
+            self.new_model(),
+            batch_size=self.setting.batch,
+            workers=1,
+            training=True,
+            seed=seed,
+            scale=self.setting.crop_scale,
+            color_jitter=None,
         )
-        return train, self.accelerator.prepare(make_loader(self.test_set, like, **shared))
+        return train, self.test_loader()
+
+    def test_loader(self) -> DataLoader:
+        loader = make_loader(self.test_set, self.new_model(), batch_size=self.setting.batch, workers=1, crop_pct=1.0)
+        return self.accelerator.prepare(loader)
 
     def scoring_loader(self) -> DataLoader:
         return calibration_loader(

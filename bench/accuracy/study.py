@@ -47,7 +47,10 @@ class Study(ABC):
 
     @abstractmethod
     def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
-        """Training images augmented and shuffled by ``seed``, and test images as they are."""
+        """Training images augmented and shuffled by ``seed``, and images to follow the training by."""
+
+    @abstractmethod
+    def test_loader(self) -> DataLoader: ...
 
     @abstractmethod
     def scoring_loader(self) -> DataLoader: ...
@@ -118,16 +121,17 @@ class Study(ABC):
             return
         print(f"== {run.name}", flush=True)
         model = self.build(run)
-        before = self.evaluate(model, self.loaders(run.seed)[1], accelerator=self.accelerator)
+        before = self._tested(model)
         recipe = Recipe(epochs=self.setting.tune_epochs, lr=self.setting.tune_lr, weight_decay=1e-3, seed=run.seed)
         state, start = self.work / f"{path.stem}_state", time.perf_counter()
         task = self.task(model, copy.deepcopy(self.dense))
         epochs = self._fit(task, run.seed, recipe, state)
-        self.finished(run, task.trainable_module.eval())
+        tuned = task.trainable_module.eval()
+        self.finished(run, tuned)
         record = {
             **asdict(run),
-            f"{self.quality}_before": before[self.quality],
-            self.quality: getattr(epochs[-1], self.quality),
+            f"{self.quality}_before": before,
+            self.quality: self._tested(tuned),
             "epochs": [asdict(epoch) for epoch in epochs],
             "seconds": time.perf_counter() - start,
             **versions(),
@@ -192,6 +196,9 @@ class Study(ABC):
             state_dir=state,
             evaluator=self.evaluate,
         )
+
+    def _tested(self, model: nn.Module) -> float:
+        return self.evaluate(model, self.test_loader(), accelerator=self.accelerator)[self.quality]
 
     def _record(self, run: Run) -> Path:
         return self.work / "runs" / f"{run.name.replace(' ', '_')}.json"
