@@ -14,10 +14,12 @@ from . import results
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-ACCURACY_FILE = "accuracy_cifar10.json"
+ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x14.json"
+SEGMENTATION_FILE = "segmentation_camvid.json"
 MODEL_PEERS = ("dense_autotuned", "dense_eager", "literal", "ideal", "tome", "evit", "dynamicvit")
 SPEED, ACCURACY = "table of bench/results", "accuracy of bench/results"
 _END = "<!-- end -->"
+_OF_A_MODEL = ("method", "keep_rate", "variant", "gmacs", "speedup", "activation_bytes")
 
 
 def devices(folder: Path = results.FOLDER) -> list[Path]:
@@ -71,6 +73,25 @@ def traffic_table(content: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def segmentation_table(content: dict) -> str:
+    """Markdown: speed, memory and mIoU of each model, the mean of its seeds, and its drop to the dense one."""
+    lines = [
+        "| model | GMACs | speed | activations in training | mIoU before fine-tuning | fine-tuned "
+        "| to dense fine-tuned alike | seeds |",
+        "|---|" + "---:|" * 7,
+    ]
+    models = accuracies(content["records"], "miou")
+    dense = models["dense"]
+    for name, model in models.items():
+        cells = [
+            name, f"{model['gmacs']:.3g}", f"{model['speedup']:.2f}x",
+            f"{model['activation_bytes'] / dense['activation_bytes']:.2f}x", f"{model['miou_before']:.2f}%",
+            f"{model['miou']:.2f}%", f"{model['miou'] - dense['miou']:+.2f}", str(model["seeds"]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def accuracy_table(content: dict, variants: bool = True) -> str:
     """Markdown: speed and accuracy of each model, the mean of its seeds, and its drop to the dense one."""
     lines = [
@@ -90,7 +111,7 @@ def accuracy_table(content: dict, variants: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
-def accuracies(records: list[dict]) -> dict[str, dict]:
+def accuracies(records: list[dict], quality: str = "top1") -> dict[str, dict]:
     """Each model by name, with the means of its seeds; variants last."""
     groups: dict[str, list[dict]] = {}
     for record in records:
@@ -102,12 +123,26 @@ def accuracies(records: list[dict]) -> dict[str, dict]:
     ordered = sorted(groups.items(), key=lambda item: bool(item[1][0]["variant"]))
     return {
         name: {
-            **{key: found[0][key] for key in ("method", "keep_rate", "variant", "gmacs", "speedup")},
-            **{key: statistics.mean(record[key] for record in found) for key in ("top1_before", "top1")},
+            **{key: found[0][key] for key in _OF_A_MODEL if key in found[0]},
+            **{key: statistics.mean(record[key] for record in found) for key in (f"{quality}_before", quality)},
             "seeds": len(found),
         }
         for name, found in ordered
     }
+
+
+def segmentation_note(content: dict) -> str:
+    """What was trained, in a sentence or two."""
+    setting = content["setting"]
+    patches = (setting["image"] // setting["patch"]) ** 2
+    return (
+        f"CamVid, a Segmenter of {setting['depth']} blocks of width {setting['width']} on {patches} patches and a mask "
+        f"transformer of {setting['decoder_depth']}: {setting['epochs']} epochs from scratch, then "
+        f"{setting['tune_epochs']} epochs of fine-tuning for every model, the dense one too, distilling from the dense "
+        f"one; prune rate 0.1. mIoU is of the test images, by sliding windows. Speed is that of the whole model in "
+        f"inference on {setting['batch']} windows, over the dense model's. Local merge is the first step of ALGM at "
+        "the same GMACs."
+    )
 
 
 def accuracy_note(content: dict) -> str:
@@ -171,13 +206,24 @@ def whole_report(folder: Path) -> str:
 def _sections(folder: Path) -> Iterator[str]:
     for device in devices(folder):
         yield f"\n## {device.name}"
-        if (device / ACCURACY_FILE).exists():
-            content, wrong = results.read(device / ACCURACY_FILE)
+        for file in (ACCURACY_FILE, ACCURACY_14_FILE):
+            if not (device / file).exists():
+                continue
+            content, wrong = results.read(device / file)
+            setting = " --setting cpu-14x14" if file == ACCURACY_14_FILE else ""
             yield (
-                f"\n### accuracy\n\n`python -m bench.accuracy DATA --work FOLDER`: {accuracy_note(content)} "
+                f"\n### accuracy\n\n`python -m bench.accuracy DATA --work FOLDER{setting}`: {accuracy_note(content)} "
                 f"{origin(content, wrong)}\n\n{accuracy_table(content)}"
             )
-            yield f"![Accuracy against speed]({device.name}/accuracy.png)\n"
+            yield f"![Accuracy against speed]({device.name}/{Path(file).stem.replace('_cifar10', '')}.png)\n"
+        if (device / SEGMENTATION_FILE).exists():
+            content, wrong = results.read(device / SEGMENTATION_FILE)
+            yield (
+                f"\n### segmentation\n\n`python -m bench.accuracy DATA --task segmentation --work FOLDER`: "
+                f"{segmentation_note(content)} {origin(content, wrong)}\n\n{segmentation_table(content)}"
+            )
+            yield f"![What the models see]({device.name}/segmentation.png)\n"
+            yield f"![The plan of keep rate 0.7]({device.name}/segmentation_plan.png)\n"
         for suite, table in (("model", model_table), ("attention", op_table), ("transition", op_table)):
             path = device / f"{suite}.json"
             if not path.exists():
@@ -208,7 +254,7 @@ class Plot:
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        getattr(self, f"_{self.file.removesuffix('.png')}")(axes, records)
+        getattr(self, f"_{self.file.removesuffix('.png').removesuffix('_14x14')}")(axes, records)
         axes.set_title(self.title)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -283,7 +329,8 @@ class Plot:
 
 
 PLOTS = (
-    Plot("accuracy_cifar10", "accuracy.png", "Accuracy against speed on CIFAR-10"),
+    Plot("accuracy_cifar10", "accuracy.png", "Accuracy against speed on CIFAR-10, 8 x 8 patches"),
+    Plot("accuracy_cifar10_14x14", "accuracy_14x14.png", "Accuracy against speed on CIFAR-10, 14 x 14 patches"),
     Plot("model", "speedup.png", "Compressed deit_small beside its peers"),
     Plot("model", "throughput.png", "Throughput against batch"),
     Plot("attention", "tokens.png", "Attention, forward, against tokens"),

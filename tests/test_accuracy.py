@@ -7,14 +7,19 @@ import pytest
 from PIL import Image
 
 from bench import report, results
-from bench.accuracy.curve import Study
-from bench.accuracy.runs import SETTINGS, Run, Setting, all_runs
+from bench.accuracy.camvid import CLASSES, CamVid
+from bench.accuracy.cifar10 import Cifar10
+from bench.accuracy.runs import CAMVID, CIFAR10, Run, Setting, classification_runs, segmentation_runs
 from pm_models import PMVisionTransformer
 from pm_models.measure import count_gmacs
 
 TINY = Setting(
     image=16, patch=4, width=16, depth=3, heads=2, batch=8, epochs=3, lr=1e-3, tune_epochs=1, tune_lr=1e-4,
     smaller_images=(12,), score_batches=2,
+)  # fmt: skip
+TINY_CAMVID = Setting(
+    image=16, patch=4, width=16, depth=3, heads=2, batch=2, epochs=3, lr=1e-3, tune_epochs=1, tune_lr=1e-4,
+    score_batches=2, decoder_depth=1,
 )  # fmt: skip
 
 
@@ -33,20 +38,43 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def study(root):
-    return Study(TINY, root / "data", root / "work", "cpu")
+    return Cifar10(TINY, root / "data", root / "work", "cpu")
+
+
+@pytest.fixture(scope="module")
+def camvid_root(tmp_path_factory):
+    """Four images of each split, the left half of class 3, the right half of class 5, the top void."""
+    root = tmp_path_factory.mktemp("camvid")
+    labels = np.full((24, 32), 3, np.uint8)
+    labels[:, 16:] = 5
+    labels[:3] = 11
+    image = np.repeat(40 * labels[..., None], 3, axis=2)
+    for split in ("train", "val", "test"):
+        for kind, content in (("images", image), ("labels", labels)):
+            (root / "data" / kind / split).mkdir(parents=True)
+            for index in range(4):
+                Image.fromarray(content).save(root / "data" / kind / split / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def camvid(camvid_root):
+    return CamVid(TINY_CAMVID, camvid_root / "data", camvid_root / "work", "cpu")
 
 
 def test_every_run_has_a_name_of_its_own():
-    for setting in (*SETTINGS.values(), TINY):
-        names = [run.name for run in all_runs(setting, 3)]
+    for runs in (*(classification_runs(setting, 3) for setting in (*CIFAR10.values(), TINY)), segmentation_runs(3)):
+        names = [run.name for run in runs]
         assert len(set(names)) == len(names)
         assert "dense-seed0" in names
-        assert "prune_and_merge-keep0.6-seed2" in names
+        assert "prune_and_merge-keep0.7-seed2" in names
+    for setting in CAMVID.values():
+        assert setting.image // setting.patch % 2 == 0  # windows of 2 x 2 patches
 
 
 def test_the_runs_are_what_they_are_called(study):
     gmacs = {}
-    for run in all_runs(TINY, 1):
+    for run in classification_runs(TINY, 1):
         model = study.build(run)
         gmacs[run.name] = count_gmacs(model, (3, 16, 16))
         if isinstance(model, PMVisionTransformer):
@@ -54,7 +82,7 @@ def test_the_runs_are_what_they_are_called(study):
                 run.compress.get("size_bias", False), run.compress.get("merge_site", "block"),
             )  # fmt: skip
     dense = gmacs["dense-seed0"]
-    ours = [gmacs[f"prune_and_merge-keep{rate}-seed0"] for rate in (0.4, 0.5, 0.6, 0.7, 0.8)]
+    ours = [gmacs[f"prune_and_merge-keep{rate}-seed0"] for rate in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
     assert ours == sorted(ours)
     assert ours[-1] < dense
     assert gmacs["smaller_images-12px-seed0"] < 0.75 * dense
@@ -70,10 +98,10 @@ def test_a_study_from_training_to_the_report(study, tmp_path, monkeypatch, capsy
     ]  # fmt: skip
     for run in runs:
         study.do(run)
-    monkeypatch.setattr("bench.accuracy.curve.distillation_task", None)
+    monkeypatch.setattr("bench.accuracy.cifar10.distillation_task", None)
     for run in runs:
         study.do(run)  # nothing is done twice
-    monkeypatch.setattr("bench.accuracy.curve.describe", lambda _: {"device": "cpu: x", "threads": 1})
+    monkeypatch.setattr("bench.accuracy.study.describe", lambda _: {"device": "cpu: x", "threads": 1})
     path = tmp_path / "cpu" / report.ACCURACY_FILE
     study.measure(path, [*runs, Run("tome", 0.4)], rounds=1)
     content, wrong = results.read(path)
@@ -97,3 +125,42 @@ def test_a_study_from_training_to_the_report(study, tmp_path, monkeypatch, capsy
     (plot,) = (plot for plot in report.PLOTS if plot.file == "accuracy.png")
     plot.draw(content["records"], tmp_path / "accuracy.png")
     assert json.loads(path.read_text())["setting"]["width"] == 16
+
+
+def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
+    runs = segmentation_runs(1)
+    for run in runs:
+        camvid.do(run)
+    monkeypatch.setattr("bench.accuracy.study.describe", lambda _: {"device": "cpu: x", "threads": 1})
+    path = tmp_path / "cpu" / report.SEGMENTATION_FILE
+    camvid.measure(path, runs, rounds=1)
+    content, wrong = results.read(path)
+    assert not wrong
+    records = {record["name"]: record for record in content["records"]}
+    assert list(records) == [run.name for run in runs]
+    dense = records["dense-seed0"]
+    for name, record in records.items():
+        assert 0 <= record["miou"] <= 100
+        if name != "dense-seed0":
+            assert record["gmacs"] < dense["gmacs"]
+            assert record["activation_bytes"] < dense["activation_bytes"]
+        if record["method"] == "local_merge":
+            ours = records[name.replace("local_merge", "prune_and_merge")]
+            assert record["gmacs"] == pytest.approx(ours["gmacs"], rel=0.2)
+    assert {file.name for file in path.parent.iterdir()} == {path.name, "segmentation.png", "segmentation_plan.png"}
+    rows = report.segmentation_table(content).splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [
+        "dense", "prune and merge 0.8", "prune and merge 0.7", "prune and merge 0.5", "local merge 0.8",
+        "local merge 0.7", "local merge 0.5",
+    ]  # fmt: skip
+    drop = records["prune_and_merge-keep0.7-seed0"]["miou"] - dense["miou"]
+    assert f"| {drop:+.2f} |" in rows[2]
+    assert "of 3 blocks of width 16 on 16 patches" in report.segmentation_note(content)
+
+
+def test_the_tiny_segmenter_learns(camvid):
+    """What the study measures is what is in the data: two classes of eleven."""
+    found = camvid.evaluate(camvid.dense, camvid.test_loader(), accelerator=camvid.accelerator)
+    assert len(found["iou"]) == CLASSES
+    assert found["iou"][3] is not None
+    assert found["iou"][5] is not None

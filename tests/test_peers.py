@@ -6,6 +6,7 @@ import torch
 from helpers import images_for, small_vit
 
 from bench import peers
+from pm_models import Segmenter
 from pm_models.measure import count_gmacs
 
 
@@ -133,3 +134,37 @@ def test_settings_are_matched_to_gmacs(model, make, settings):
         _, setting = peers.matched(make, model, settings, gmacs)
         distances = [abs(value - gmacs) for value in counted]
         assert distances[settings.index(setting)] == min(distances)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_alike_windows_become_their_mean_and_every_patch_comes_back(count):
+    """One image at a time, window by window, on a grid of 4 x 6."""
+    torch.manual_seed(0)
+    dense = Segmenter(small_vit(num_classes=0, depth=2, img_size=(16, 24)), 5).double().eval()
+    model = peers.local_merge(dense, count)
+    images = torch.randn(3, 3, 16, 24, dtype=torch.float64)
+    encoder = dense.encoder
+    for image in images:
+        x = encoder.blocks[0](encoder._pos_embed(encoder.patch_embed(image[None])))[0]
+        members = [
+            [1 + 6 * (2 * row + i) + 2 * column + j for i in (0, 1) for j in (0, 1)]
+            for row in range(2)
+            for column in range(3)
+        ]
+        alike = [
+            sum(torch.cosine_similarity(x[a], x[b], dim=0) for a in window for b in window).item() for window in members
+        ]
+        chosen = sorted(range(6), key=lambda index: -alike[index])[:count]
+        tokens = [x[0], *(x[members[index]].mean(dim=0) for index in chosen)]
+        whose = [[0], *(members[index] for index in chosen)]
+        for index in range(6):
+            if index not in chosen:
+                tokens += [x[token] for token in members[index]]
+                whose += [[token] for token in members[index]]
+        merged = encoder.blocks[1](torch.stack(tokens)[None])[0]
+        full = torch.empty_like(x)
+        for token, places in zip(merged, whose, strict=True):
+            full[places] = token
+        expected = dense.decoder(encoder.norm(full)[None, 1:])[0]
+        found = model.patch_logits(image[None])[0].flatten(1).T
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

@@ -53,7 +53,7 @@ CIFAR10 = {
     ),
     # The paper's 196 patches as 14 x 14, in a model that two cores train in an hour.
     "cpu-14x14": Setting(
-        image=28, patch=2, width=64, depth=6, heads=1, batch=128, epochs=12, lr=1e-3, tune_epochs=4, tune_lr=2e-4,
+        image=28, patch=2, width=64, depth=6, heads=1, batch=128, epochs=12, lr=1e-3, tune_epochs=3, tune_lr=2e-4,
         smaller_images=(26, 24, 20),
     ),
     # The same patches, and the width and depth of DeiT-S.
