@@ -39,8 +39,8 @@ class Case(NamedTuple):
 
 
 CASES = (
-    *(Case("forward", tokens) for tokens in (118, 137, 197, 577, 1601, 4096)),
-    *(Case("backward", tokens) for tokens in (118, 137, 197, 577, 1601)),
+    *(Case("forward", tokens) for tokens in (118, 137, 197, 577, 1121, 1601, 4096)),
+    *(Case("backward", tokens) for tokens in (118, 137, 197, 577, 1121, 1601)),
     Case("merge", 197, 118),
     Case("merge", 197, 137),
     Case("bias", 197),

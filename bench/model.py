@@ -2,8 +2,9 @@
 
 Keep rate 0.6, prune rate 0.1 on random scores; the peers' own settings are such that their GMACs come closest to ours.
 Inference, and a training step's forward and backward with the activation memory that it takes. On a CPU all run
-eagerly. On a GPU, in bfloat16, ``ours``, ``dense_compiled`` and ``ideal`` are compiled for CUDA graphs, and
-``dense_autotuned`` has its products tuned besides; ``ours_eager`` and the others run eagerly.
+eagerly. Segmenter-L at 640 pixels has keep rate 0.7, and ALGM's local merging for a peer. On a GPU, in bfloat16,
+``ours``, ``dense_compiled`` and ``ideal`` are compiled for CUDA graphs, and ``dense_autotuned`` has its products tuned
+besides; ``ours_eager`` and the others run eagerly.
 """
 
 import contextlib
@@ -12,16 +13,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from pm_models.data import input_size
+
 from . import comparison
 from .memory import activation_bytes
-from .models import KEEP_RATE, PRUNE_RATE, Compared, compared_models
+from .models import KEEP_RATE, PRUNE_RATE, SEGMENTER_KEEP_RATE, Compared, compared_models, compared_segmenters
 
 SMALL, TINY, BASE = "deit_small_patch16_224", "deit_tiny_patch16_224", "deit_base_patch16_224"
 BASE_384 = "vit_base_patch16_384"
+SEGMENTER = "segmenter_large"
 
 
 class Case(NamedTuple):
@@ -54,7 +57,10 @@ QUICK = {
     ],
 }
 FULL = {
-    "cpu": [Case(name, mode, 8, "float32") for name in (TINY, BASE) for mode in ("inference", "train")],
+    "cpu": [
+        *(Case(name, mode, 8, "float32") for name in (TINY, BASE) for mode in ("inference", "train")),
+        Case(SEGMENTER, "inference", 1, "float32"),
+    ],
     "cuda": [
         *(Case(SMALL, mode, batch, "bfloat16") for mode, batch in (("inference", 1), ("inference", 32), ("train", 32))),
         *(
@@ -63,9 +69,12 @@ FULL = {
             for mode, batches in (("inference", (1, 32, 256)), ("train", (32, 256 if name != BASE_384 else 64)))
             for batch in batches
         ),
+        *(Case(SEGMENTER, "inference", batch, "bfloat16") for batch in (1, 8)),
+        Case(SEGMENTER, "train", 8, "bfloat16"),
     ],
 }
 PEERS = ("dense_eager", "literal", "ideal", "tome", "evit")
+SEGMENTER_PEERS = ("dense_eager", "literal", "local_merge")
 
 
 def cases(device: str, full: bool) -> list[Case]:
@@ -76,28 +85,33 @@ def cases(device: str, full: bool) -> list[Case]:
 def names(case: Case, device: str) -> list[str]:
     """Ours and the peers. DynamicViT trains on all tokens, masked, so that there it has nothing to show."""
     compiled = ["ours_eager", "dense_compiled", "dense_autotuned"] if device == "cuda" else []
+    if case.model == SEGMENTER:
+        return ["ours", *compiled, *SEGMENTER_PEERS]
     return ["ours", *compiled, *PEERS, *(["dynamicvit"] if case.mode == "inference" else [])]
 
 
 @functools.lru_cache(maxsize=1)
 def compared(name: str, device: str) -> Compared:
     """The last model's peers stay, as its cases come one after another."""
-    return compared_models(name).to(device)
+    return (compared_segmenters() if name == SEGMENTER else compared_models(name)).to(device)
 
 
 def measure(case: Case, device: str, machine: dict) -> dict:
     """One record."""
     torch.compiler.reset()
-    images = torch.randn(case.batch, 3, *timm.get_pretrained_cfg(case.model).input_size[1:], device=device)
     found = compared(case.model, device)
+    images = torch.randn(case.batch, *input_size(found.models["ours"]), device=device)
     chosen = {
         name: _prepared(found.models[_weights(name)].train(case.mode == "train"), name, device)
         for name in names(case, device)
     }
     call = partial(_train if case.mode == "train" else _infer, device=device, dtype=case.dtype, images=images)
     rounds = {1: 40, 8: 12}.get(case.batch, 8)
+    keep_rate = KEEP_RATE
+    if case.model == SEGMENTER:
+        rounds, keep_rate = 5, SEGMENTER_KEEP_RATE
     flops = 2e9 * found.gmacs["ours"] * case.batch * (3 if case.mode == "train" else 1)
-    facts = {"keep_rate": KEEP_RATE, "prune_rate": PRUNE_RATE, "gmacs": found.gmacs, "settings": found.settings}
+    facts = {"keep_rate": keep_rate, "prune_rate": PRUNE_RATE, "gmacs": found.gmacs, "settings": found.settings}
     if case.mode == "train":
         facts["memory"] = _memory(chosen, images, device, case.dtype)
     calls = {name: partial(call, model) for name, model in chosen.items()}

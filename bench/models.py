@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pm_models import CompressionPlan, compress
+from pm_models import CompressionPlan, Segmenter, compress
 from pm_models.measure import count_gmacs
 
-from .peers import dynamic_vit, evit, matched, tome
+from .peers import Model, dynamic_vit, evit, local_merge, matched, tome
 
 KEEP_RATE, PRUNE_RATE = 0.6, 0.1
+SEGMENTER_KEEP_RATE = 0.7
 RATES = [percent / 100 for percent in range(20, 101)]
 
 
@@ -31,12 +31,30 @@ class FirstTokens(nn.Module):
 class Compared(NamedTuple):
     """Models by name, their GMACs of one image, and the settings of those that were matched to ours."""
 
-    models: dict[str, VisionTransformer]
+    models: dict[str, Model]
     gmacs: dict[str, float]
     settings: dict[str, float]
 
     def to(self, device: str) -> "Compared":
         return self._replace(models={name: model.to(device) for name, model in self.models.items()})
+
+
+def compared_segmenters() -> Compared:
+    """``ours``, ``dense_eager``, ``literal`` and ``local_merge`` for Segmenter-L at 640 pixels and keep rate 0.7."""
+    torch.manual_seed(0)
+    encoder = timm.create_model("vit_large_patch16_384", img_size=640, num_classes=0)
+    dense = Segmenter(encoder, 150).eval()
+    grid = tuple(encoder.patch_embed.grid_size)
+    scores = torch.rand(len(encoder.blocks), grid[0] * grid[1])
+    plan = CompressionPlan.from_scores(scores, grid, SEGMENTER_KEEP_RATE, PRUNE_RATE)
+    ours, literal = dense.compressed(plan), dense.compressed(plan)
+    literal.encoder.execution = "literal"
+    models = {"ours": ours, "dense_eager": dense, "literal": literal}
+    gmacs = {name: count_gmacs(model, (3, 640, 640)) for name, model in models.items()}
+    windows = list(range(0, grid[0] * grid[1] // 4 + 1, 20))
+    models["local_merge"], count = matched(local_merge, dense, windows, gmacs["ours"])
+    gmacs["local_merge"] = count_gmacs(models["local_merge"], (3, 640, 640))
+    return Compared(models, gmacs, {"local_merge": count})
 
 
 def compared_models(name: str) -> Compared:

@@ -1,4 +1,4 @@
-"""A transition of deit_small at keep rate 0.6, prune rate 0.1, with the norm after it, beside what else does the same.
+"""A transition with the norm after it, beside what else does the same: deit_small at keep rate 0.6, prune rate 0.1.
 
     python -m bench.transition
 
@@ -6,7 +6,8 @@ prints the memory traffic of every boundary between two blocks, counted from its
 the middle: the mix with the sum before it and the LayerNorm after it, forward, and with its backward. Peers are the
 paper's equations one by one (``literal``), the folded matrix as a product and a norm of PyTorch (``matmul``), the same
 compiled, and PyTorch's embedding bag; ``ideal`` is the sum and the norm alone, which a plain ViT has to do too.
-On a GPU at batch 256 in bfloat16, on a CPU at batch 8 in float32.
+On a GPU at batch 256 in bfloat16, on a CPU at batch 8 in float32. The ``segmenter`` cases are those of Segmenter-L's
+1601 tokens of width 1024 at keep rate 0.7, at an eighth of the batch.
 """
 
 import functools
@@ -26,10 +27,27 @@ from pm_models.report import format_table
 from . import comparison
 from .models import KEEP_RATE, PRUNE_RATE
 
-WIDTH = 384
-BLOCK = 6
 CASES = ("forward", "backward", "forward-dense", "backward-dense")
+SEGMENTER_CASES = ("forward-segmenter", "backward-segmenter")
 EPS = 1e-6
+
+
+class Kind(NamedTuple):
+    """The models that boundaries are taken from: ``block`` is the one after the boundary."""
+
+    width: int
+    depth: int
+    image: int
+    keep_rate: float
+    batches: int  # the batch is divided by it
+
+    @property
+    def block(self) -> int:
+        return self.depth // 2
+
+
+SMALL = Kind(width=384, depth=12, image=224, keep_rate=KEEP_RATE, batches=1)
+SEGMENTER = Kind(width=1024, depth=24, image=640, keep_rate=0.7, batches=8)
 
 
 class Boundary(NamedTuple):
@@ -54,11 +72,15 @@ class Constants(NamedTuple):
 
 
 @functools.cache
-def compressed_model() -> PMVisionTransformer:
+def compressed_model(kind: Kind) -> PMVisionTransformer:
+    """A narrow model: its matrices are those of any width."""
     torch.manual_seed(0)
-    dense = timm.create_model("deit_small_patch16_224")
-    plan = CompressionPlan.from_scores(torch.rand(12, 196), (14, 14), KEEP_RATE, PRUNE_RATE)
-    return compress(dense, plan).eval()
+    dense = timm.create_model(
+        "deit_small_patch16_224", embed_dim=64, num_heads=1, depth=kind.depth, img_size=kind.image
+    )
+    grid = dense.patch_embed.grid_size
+    scores = torch.rand(kind.depth, dense.patch_embed.num_patches)
+    return compress(dense, CompressionPlan.from_scores(scores, grid, kind.keep_rate, PRUNE_RATE)).eval()
 
 
 def traffic(compressed: PMVisionTransformer) -> list[dict]:
@@ -70,13 +92,14 @@ def traffic(compressed: PMVisionTransformer) -> list[dict]:
     """
     from pm_kernels.token_mix_launch import whole_rows
 
-    per_program = whole_rows(WIDTH, 2048)["ROWS"]
+    width = SMALL.width
+    per_program = whole_rows(width, 2048)["ROWS"]
     counted, state = [], compressed.plan.num_tokens
     for index, matrix in enumerate(compressed.transitions()):
         rows, normed = len(matrix.starts), compressed.plan.tokens[index]
         row = torch.searchsorted(matrix.starts, torch.arange(len(matrix.columns)), right=True) - 1
         read = torch.unique(row // per_program * state + matrix.columns).numel()
-        indices = (4 * (len(matrix.starts) + len(matrix.columns)) + 2 * len(matrix.values) + 8 * WIDTH) / (2 * WIDTH)
+        indices = (4 * (len(matrix.starts) + len(matrix.columns)) + 2 * len(matrix.values) + 8 * width) / (2 * width)
         counted.append(
             {
                 "boundary": index,
@@ -120,7 +143,7 @@ def matmul(kind: str, constants: Constants, given: Boundary) -> tuple[Tensor, ..
         matrix = constants.folded._replace(values=given.values).to_dense(tokens)
     mixed = matrix @ torch.cat([given.x + given.update, given.carried], dim=1)
     y = mixed[:, : constants.rows]
-    return y, mixed[:, constants.rows :], F.layer_norm(y, (WIDTH,), given.weight, given.bias, EPS)
+    return y, mixed[:, constants.rows :], F.layer_norm(y, given.weight.shape, given.weight, given.bias, EPS)
 
 
 def literal(constants: Constants, full: Tensor, given: Boundary) -> Tensor:
@@ -128,11 +151,11 @@ def literal(constants: Constants, full: Tensor, given: Boundary) -> Tensor:
     y = given.x + given.update
     full = torch.tensordot(constants.reconstruct, y, ([1], [1])).transpose(0, 1) + constants.pruned[:, None] * full
     y = torch.tensordot(constants.merge, full, ([1], [1])).transpose(0, 1)
-    return F.layer_norm(y, (WIDTH,), given.weight, given.bias, EPS)
+    return F.layer_norm(y, given.weight.shape, given.weight, given.bias, EPS)
 
 
 def ideal(given: Boundary) -> Tensor:
-    return F.layer_norm(given.x + given.update, (WIDTH,), given.weight, given.bias, EPS)
+    return F.layer_norm(given.x + given.update, given.weight.shape, given.weight, given.bias, EPS)
 
 
 def work(
@@ -155,7 +178,8 @@ def work(
 
 
 def constants_of(compressed: PMVisionTransformer, dtype: torch.dtype, device: str) -> Constants:
-    folded = compressed.transitions()[BLOCK]
+    block = len(compressed.blocks) // 2
+    folded = compressed.transitions()[block]
     by_column = type(folded.by_column)(*(indices.to(device) for indices in folded.by_column))
     folded = SparseRows(
         folded.starts.to(device), folded.columns.to(device), folded.values.detach().to(device, dtype), by_column
@@ -163,19 +187,21 @@ def constants_of(compressed: PMVisionTransformer, dtype: torch.dtype, device: st
     plan = compressed.plan
     return Constants(
         folded,
-        plan.tokens[BLOCK],
-        plan.merge_matrix(BLOCK).to(device, dtype),
-        plan.reconstruct_matrix(BLOCK - 1).to(device, dtype),
-        (1 - plan.token_mask(BLOCK - 1)).to(device, dtype),
+        plan.tokens[block],
+        plan.merge_matrix(block).to(device, dtype),
+        plan.reconstruct_matrix(block - 1).to(device, dtype),
+        (1 - plan.token_mask(block - 1)).to(device, dtype),
     )
 
 
 def measure(case: str, device: str, machine: dict) -> dict:
     """One record."""
-    compressed = compressed_model()
+    kind = SEGMENTER if case in SEGMENTER_CASES else SMALL
+    compressed, width = compressed_model(kind), kind.width
     batch, dtype = (256, torch.bfloat16) if device == "cuda" else (8, torch.float32)
+    batch //= kind.batches
     constants = constants_of(compressed, dtype, device)
-    tokens, rows = compressed.plan.tokens[BLOCK - 1], len(constants.folded.starts)
+    tokens, rows = compressed.plan.tokens[kind.block - 1], len(constants.folded.starts)
     state = len(constants.folded.by_column.starts)
 
     def random(*shape: int) -> Tensor:
@@ -185,11 +211,11 @@ def measure(case: str, device: str, machine: dict) -> dict:
     if case.endswith("dense"):
         values = random(rows, state) / state**0.5
     given = Boundary(
-        random(batch, tokens, WIDTH), random(batch, tokens, WIDTH), random(batch, state - tokens, WIDTH), values,
-        random(WIDTH), random(WIDTH),
+        random(batch, tokens, width), random(batch, tokens, width), random(batch, state - tokens, width), values,
+        random(width), random(width),
     )  # fmt: skip
     counts = (constants.rows, rows - constants.rows, constants.rows)
-    upstreams = [random(batch, count, WIDTH) for count in counts]
+    upstreams = [random(batch, count, width) for count in counts]
     few = [tensor[:2] for tensor in upstreams]
     small = Boundary(*(tensor[:2] for tensor in given[:3]), *given[3:])
     wide = Boundary(*(tensor.double() for tensor in small))
@@ -203,9 +229,9 @@ def measure(case: str, device: str, machine: dict) -> dict:
     bound = {name: partial(function, case, constants) for name, function in chosen.items()}
     found = comparison.errors({name: work(case, function, small, few) for name, function in bound.items()}, exact)
     calls = {name: work(case, function, given, upstreams) for name, function in bound.items()}
-    full = random(batch, compressed.plan.num_tokens, WIDTH)
+    full = random(batch, compressed.plan.num_tokens, width)
     calls["literal"] = work(case, partial(literal, constants, full), given, upstreams)
-    calls["ideal"] = work(case, ideal, given, [random(batch, tokens, WIDTH)])
+    calls["ideal"] = work(case, ideal, given, [random(batch, tokens, width)])
     moved = 2 * tokens + (state - tokens) + rows + constants.rows
     product = 2 * (rows * state if case.endswith("dense") else len(values))
     if case.startswith("backward"):
@@ -213,13 +239,13 @@ def measure(case: str, device: str, machine: dict) -> dict:
         moved += rows + constants.rows + tokens + state + state
         product *= 3
     name = f"transition/{case}-{str(dtype).removeprefix('torch.')}"
-    moved *= batch * WIDTH * given.x.element_size()
-    return comparison.record(name, "transition", calls, given.x, moved, batch * WIDTH * product, machine, errors=found)
+    moved *= batch * width * given.x.element_size()
+    return comparison.record(name, "transition", calls, given.x, moved, batch * width * product, machine, errors=found)
 
 
 def cases(device: str, full: bool) -> list[str]:
-    """All, everywhere."""
-    return list(CASES)
+    """Those of every day; on a GPU, and where all are wanted, Segmenter's too."""
+    return [*CASES, *(SEGMENTER_CASES if full or device == "cuda" else ())]
 
 
 def names(case: str, device: str) -> list[str]:
@@ -231,8 +257,8 @@ def names(case: str, device: str) -> list[str]:
 
 def facts() -> dict:
     """What stands in the result file beside the records."""
-    return {"traffic": traffic(compressed_model())}
+    return {"traffic": traffic(compressed_model(SMALL))}
 
 
 if __name__ == "__main__":
-    print(traffic_table(traffic(compressed_model())))
+    print(traffic_table(traffic(compressed_model(SMALL))))
