@@ -1,4 +1,4 @@
-"""Tables and plots from the result files, and the README's table.
+"""Tables and plots from the result files, and the README's tables.
 
     python -m bench.report
 
@@ -18,6 +18,7 @@ ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x
 SEGMENTATION_FILE = "segmentation_camvid.json"
 MODEL_PEERS = ("dense_autotuned", "dense_eager", "literal", "ideal", "tome", "evit", "dynamicvit", "local_merge")
 SPEED, ACCURACY = "table of bench/results", "accuracy of bench/results"
+SEGMENTATION = "segmentation of bench/results"
 _END = "<!-- end -->"
 _OF_A_MODEL = ("method", "keep_rate", "variant", "gmacs", "speedup", "activation_bytes")
 
@@ -189,6 +190,17 @@ def accuracy_block(folder: Path = results.FOLDER) -> str:
     return f"{table}\n{origins}\n![Accuracy against speed]({picture})\n"
 
 
+def segmentation_block(folder: Path = results.FOLDER) -> str:
+    """The README's third table, likewise."""
+    found = [path for device in devices(folder) if (path := device / SEGMENTATION_FILE).exists()]
+    if not found:
+        return "Not measured yet.\n"
+    content, wrong = results.read(found[0])
+    picture = (found[0].parent / "segmentation.png").relative_to(ROOT)
+    origins = f"{segmentation_note(content)} {origin(content, wrong)}\n{_not_on_a_gpu(found[0].parent)}"
+    return f"{segmentation_table(content)}\n{origins}\n![What the models see]({picture})\n"
+
+
 def with_table(readme: str, marker: str, block: str) -> str:
     """The README's text with the table after a marker replaced."""
     before, rest = readme.split(f"<!-- {marker} -->\n")
@@ -346,7 +358,8 @@ def main() -> None:
                 plot.draw(results.read(path)[0]["records"], device / plot.file)
     (results.FOLDER / "README.md").write_text(whole_report(results.FOLDER) + "\n", encoding="utf-8")
     text = with_table(README.read_text(encoding="utf-8"), SPEED, readme_block())
-    README.write_text(with_table(text, ACCURACY, accuracy_block()), encoding="utf-8")
+    text = with_table(text, ACCURACY, accuracy_block())
+    README.write_text(with_table(text, SEGMENTATION, segmentation_block()), encoding="utf-8")
 
 
 if __name__ == "__main__":

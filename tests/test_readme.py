@@ -1,4 +1,4 @@
-"""The README: its table is the result file's, its Python runs."""
+"""The README: its tables are the result files', its Python runs."""
 
 import re
 from pathlib import Path
@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_tables_are_the_result_files():
     assert report.with_table(README, report.SPEED, report.readme_block()) == README
     assert report.with_table(README, report.ACCURACY, report.accuracy_block()) == README
+    assert report.with_table(README, report.SEGMENTATION, report.segmentation_block()) == README
 
 
 def test_the_three_lines_compress_a_model():
