@@ -1,6 +1,7 @@
 """Prune and Merge for timm's Vision Transformers: timm in, timm out."""
 
 from .checkpoints import load_authors_checkpoint, load_pretrained, load_segmenter_checkpoint, save_pretrained
+from .export import export_model
 from .plan import CompressionPlan, StagePlan
 from .registry import register_models
 from .scoring import score_tokens
@@ -13,6 +14,7 @@ __all__ = [
     "Segmenter",
     "StagePlan",
     "compress",
+    "export_model",
     "load_authors_checkpoint",
     "load_pretrained",
     "load_segmenter_checkpoint",

@@ -13,6 +13,7 @@ from timm.utils import ParseKwargs
 
 from . import commands
 from .config import apply_config, find_task, shipped_configs
+from .export import FORMATS
 from .segmenter import DECODERS
 from .tasks import DEFAULT_TASK, TASKS
 from .training import IGNORED, SCHEDULES
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pm-vit {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     options = parser.parse_args(arguments)
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for talkative in ("timm", "onnxscript", "onnx_ir"):
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
@@ -140,6 +142,29 @@ def _parser(task: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
         _add_windows(evaluate)
     evaluate.add_argument("--results-file", type=Path, help="write the results as JSON")
     evaluate.set_defaults(run=commands.evaluate_model)
+
+    export = found.add_parser(
+        "export",
+        usage="pm-vit export --model MODEL --format {onnx,pt2,aoti} --output FILE [options]",
+        help="write a model to a file that runs without pm-vit",
+        description="Write a model to a file, run it, and tell how its results and its speed differ: from the model's, "
+        "and from the same file of the uncompressed model.",
+    )
+    export.add_argument(
+        "--model", type=Path, required=True, help="a folder saved by pm-vit, or a published Segmenter's"
+    )
+    export.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="onnx: for onnxruntime and others; pt2: for torch.export.load; aoti: compiled for this machine",
+    )
+    export.add_argument("--output", type=Path, required=True, help="file to write")
+    export.add_argument("-b", "--batch-size", type=_positive, default=8, help="images to time it on (%(default)s)")
+    export.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="of pt2 and aoti; auto: a GPU if there is one"
+    )
+    export.set_defaults(run=commands.export)
     return parser, {"train": train, "compress": compress, "finetune": finetune, "eval": evaluate}
 
 

@@ -103,6 +103,10 @@ class Folded:
         """The same by what the matrices hold now: those of few nonzeros by these, those of few blocks by these."""
         return self._each(lambda matrix: _structured(matrix) if isinstance(matrix, Tensor) else matrix)
 
+    def dense(self) -> "Folded":
+        """The same with every entry of every matrix."""
+        return self._each(_dense)
+
     def _each(self, change: Callable[[Transition], Transition]) -> "Folded":
         def changed(matrices: list[Transition | None]) -> list[Transition | None]:
             return [None if matrix is None else change(matrix) for matrix in matrices]
@@ -117,6 +121,12 @@ def _structured(matrix: Tensor) -> Transition:
     blocks = BlockRows.from_dense(matrix)
     every = (len(blocks.starts) - 1) * -(-columns // 32)
     return blocks if 4 * len(blocks.chunks) <= 3 * every else matrix
+
+
+def _dense(matrix: Transition) -> Tensor:
+    if isinstance(matrix, SparseRows):
+        return matrix.to_dense(len(matrix.by_column.starts))
+    return matrix.matrix if isinstance(matrix, BlockRows) else matrix
 
 
 class Folding(nn.Module):

@@ -165,7 +165,7 @@ class Classification(Task):
             return opened
 
         if Path(options.model).is_dir():
-            model = _load(options.model)
+            model = load_model(options.model)
             if isinstance(model, Segmenter):
                 raise ValueError(f"{options.model} holds a Segmenter: give --task segmentation")
             found = datasets(model.in_chans)
@@ -258,7 +258,7 @@ class Segmentation(Task):
                 return Segmenter(encoder, found[0].num_classes, decoder=options.decoder, **decoder), found
             except TypeError as error:
                 raise ValueError(f"--decoder-kwargs takes depth, heads, drop_path and dropout: {error}") from error
-        model = _load(options.model)
+        model = load_model(options.model)
         if not isinstance(model, Segmenter):
             raise ValueError(
                 f"{options.model} holds a model that classifies images, expected a Segmenter; train one with pm-vit "
@@ -356,7 +356,7 @@ DEFAULT_TASK = "classification"
 TASKS = {DEFAULT_TASK: Classification, "segmentation": Segmentation}
 
 
-def _load(folder: str) -> Model:
+def load_model(folder: str | Path) -> Model:
     """A model that was saved here, or a published Segmenter."""
     path = Path(folder)
     if (path / VARIANT_NAME).is_file() and not (path / CONFIG_NAME).is_file():

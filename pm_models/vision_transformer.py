@@ -349,6 +349,14 @@ class PMVisionTransformer(VisionTransformer):
             self._folded[readout, dtype, device] = kept
         return kept[1]
 
+    def densify(self) -> None:
+        """Mix tokens by matrix products alone from here on, until a matrix changes: for runtimes without others."""
+        with torch.no_grad():
+            for readout in self._foldings:
+                like = self.patch_embed.proj.weight
+                folded = self._fold(readout, like.dtype, like.device)
+                self._folded[readout, like.dtype, like.device] = self._versions(), folded.dense()
+
     def _versions(self) -> tuple[tuple[int, int], ...]:
         """Changes with every change of a matrix, in place or by another tensor in its place."""
         return tuple(
