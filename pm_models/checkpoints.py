@@ -76,6 +76,7 @@ def save_pretrained(
                 "train_matrices": encoder.train_matrices,
                 "size_bias": encoder.size_bias,
                 "merge_site": encoder.merge_site,
+                "shortcut": encoder.shortcut,
             }
             # Where timm made it under a name of ours, it recorded these too: the model itself is who tells them.
             recorded = getattr(encoder, "_model_args", {})
@@ -251,7 +252,8 @@ def _build(folder: Path, uncompressed: bool = False) -> VisionTransformer | Segm
         if compression is not None and not uncompressed:
             plan = CompressionPlan.from_dict(compression["plan"])
             options = {name: compression[name] for name in ("train_matrices", "size_bias")}
-            options["merge_site"] = compression.get("merge_site", "block")  # the first files had none
+            for name, before in (("merge_site", "block"), ("shortcut", "pruned")):  # the first files had none
+                options[name] = compression.get(name, before)
             # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
             with torch.device("cpu"):
                 model = compress(model, plan, **options)

@@ -14,6 +14,7 @@ from timm.utils import ParseKwargs
 from . import commands
 from .config import apply_config, find_task, shipped_configs
 from .export import FORMATS
+from .folding import SHORTCUTS
 from .segmenter import DECODERS
 from .tasks import DEFAULT_TASK, TASKS
 from .training import IGNORED, SCHEDULES
@@ -348,6 +349,12 @@ def _add_compression(parser: argparse.ArgumentParser, *, required: bool) -> None
     )
     group.add_argument(
         "--size-bias", action="store_true", help="attend in proportion to the patches that a token stands for"
+    )
+    group.add_argument(
+        "--shortcut",
+        choices=SHORTCUTS,
+        default="pruned",
+        help="what skips a block: pruned tokens, as in the paper, or all that the merge leaves out (%(default)s)",
     )
     group.add_argument(
         "--merge-site",

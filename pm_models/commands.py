@@ -176,6 +176,7 @@ def _compress_into(
         train_matrices=None if options.train_matrices == "none" else options.train_matrices,
         size_bias=options.size_bias,
         merge_site=options.merge_site,
+        shortcut=options.shortcut,
     )
     # Wrong rates are told before the scoring.
     make_plan(torch.ones(len(encoder.blocks), encoder.patch_embed.num_patches), keep_rate=options.keep_rate or 1e-6)

@@ -10,17 +10,18 @@ matrix has one. A transition then has at most one entry for each token that it r
 and nothing of size N x N appears.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pm_kernels import BlockRows, ByColumn, SparseRows
+from pm_kernels import BlockRows, ByColumn, SparseRows, token_mix
 
 from .plan import CompressionPlan, StagePlan
 
 TRAIN_MATRICES = ("support", "dense", None)
+SHORTCUTS = ("pruned", "all")
 READOUTS = ("all", "prefix", "patch_mean")
 Transition = Tensor | SparseRows | BlockRows
 
@@ -33,9 +34,12 @@ class StageMatrices(nn.Module):
         stage: the stage.
         train_matrices: ``"support"`` trains one value per nonzero of the plan's matrices; ``"dense"`` trains every
             entry; ``None`` keeps the plan's values.
+        shortcut: ``"pruned"`` or ``"all"``, see :func:`pm_models.compress`.
     """
 
-    def __init__(self, plan: CompressionPlan, stage: StagePlan, train_matrices: str | None) -> None:
+    def __init__(
+        self, plan: CompressionPlan, stage: StagePlan, train_matrices: str | None, shortcut: str = "pruned"
+    ) -> None:
         super().__init__()
         rows, columns, values = plan.support(stage)
         mask = plan.token_mask(stage.first)
@@ -56,12 +60,32 @@ class StageMatrices(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("pruned_mask", 1 - mask, persistent=False)
+        # 1 for tokens of which the merge leaves something out that skips the stage's blocks.
+        self.keeps_rest = shortcut == "all"
+        shared = torch.zeros_like(mask)
+        if self.keeps_rest:
+            shared[columns[rows.bincount()[rows] > 1]] = 1
+        self.register_buffer("shared_mask", shared, persistent=False)
 
     def merge_matrix(self) -> Tensor:
         """(C, N), differentiable in what trains."""
         if self.dense:
             return self.merge
         return self.merge.new_zeros(self.shape).index_put((self.rows, self.columns), self.merge)
+
+    def full_map(self, y: Tensor, merged: Tensor | None, x: Tensor) -> Tensor:
+        """The map (B, N, D) after the stage: ``R y``, and what skips its blocks.
+
+        Args:
+            y: (B, C, D), what the blocks computed.
+            merged: (B, C, D), ``M x``; not read where pruned tokens alone skip the blocks.
+            x: (B, N, D), the map before the stage.
+        """
+        reconstruct = self.reconstruct_matrix()
+        full = token_mix(y, reconstruct) + self.pruned_mask.unsqueeze(1).to(x.dtype) * x
+        if self.keeps_rest:
+            full = full + self.shared_mask.unsqueeze(1).to(x.dtype) * (x - token_mix(merged, reconstruct))
+        return full
 
     def reconstruct_matrix(self) -> Tensor:
         """(N, C), differentiable in what trains."""
@@ -145,6 +169,7 @@ class Folding(nn.Module):
         self._runs = runs
         self._num_tokens = num_tokens
         self.dense = any(run.matrices is not None and run.matrices.dense for run in runs)
+        self.keeps_rest = any(run.matrices is not None and run.matrices.keeps_rest for run in runs)
         self._carried = [f"carried{index}" for index in range(len(runs))]
         for name, carried in zip(
             self._carried, _carried_tokens(runs, num_tokens, num_prefix_tokens, readout), strict=True
@@ -157,7 +182,9 @@ class Folding(nn.Module):
         self._wanted = int(rows[-1]) + 1
         self._all = readout == "all"
         self._prefix = readout == "prefix"
-        if not self.dense:
+        if self.keeps_rest and not self.dense:
+            self._lay_out_products()
+        elif not self.dense:
             self._lay_out()
 
     def forward(self) -> Folded:
@@ -166,9 +193,13 @@ class Folding(nn.Module):
         dtype = torch.promote_types(like.dtype, torch.float32)
         # Products in autocast's dtype would round what is computed once and used for every image.
         with torch.autocast(like.device.type, enabled=False):
-            return self._fold_dense(like, dtype) if self.dense else self._fold_sparse(like, dtype)
+            if not (self.dense or self.keeps_rest):
+                return self._fold_sparse(like, dtype)
+            folded = self._fold_dense(like, dtype)
+            return folded if self.dense else self._gather(folded)
 
-    def _fold_dense(self, like: Tensor, dtype: torch.dtype) -> Folded:
+    def _fold_dense(self, like: Tensor, dtype: torch.dtype, *, magnitudes: bool = False) -> Folded:
+        """The matrices with all their entries; with ``magnitudes`` sums of magnitudes, which are 0 on no support."""
         identity = torch.eye(self._num_tokens, dtype=dtype, device=like.device)
         frame, transitions, frames = None, [], []
         for run, name in zip(self._runs, self._carried, strict=True):
@@ -176,17 +207,59 @@ class Folding(nn.Module):
                 transitions.append(frame)
                 frame = None
             else:
-                carried = getattr(self, name)
-                stage = torch.cat([run.matrices.merge_matrix().to(dtype), identity.index_select(0, carried)])
+                carried = getattr(self, name).to(like.device)
+                merge, reconstruct = (
+                    matrix.abs() if magnitudes else matrix
+                    for matrix in (run.matrices.merge_matrix().to(dtype), run.matrices.reconstruct_matrix().to(dtype))
+                )
+                stage = torch.cat([merge, identity.index_select(0, carried)])
                 transitions.append(stage if frame is None else stage @ frame)
-                reconstruct = run.matrices.reconstruct_matrix().to(dtype)
-                frame = torch.cat([reconstruct, identity.index_select(1, carried)], dim=1)
+                skipping = identity
+                if run.matrices.keeps_rest:
+                    shared = run.matrices.shared_mask.unsqueeze(1).to(dtype)
+                    left_out = shared * (reconstruct @ merge)
+                    skipping = identity + left_out if magnitudes else identity - left_out
+                    skipping = skipping * (shared + run.matrices.pruned_mask.unsqueeze(1).to(dtype))
+                frame = torch.cat([reconstruct, skipping.index_select(1, carried)], dim=1)
             frames.append(frame)
         if self._all:
             return Folded(transitions, frames, frame)
         wanted = identity.new_zeros(self._wanted, self._num_tokens)
         wanted = wanted.index_put((self.wanted_rows, self.wanted_columns), 1 / self.wanted_sizes.to(dtype))
-        return Folded(transitions, [], wanted if frame is None else wanted @ frame)
+        readout = wanted if frame is None else wanted @ frame
+        if self._prefix and not self.dense:  # it stands in the first rows of every state, and reads no others
+            readout = readout[:, : self._wanted]
+        return Folded(transitions, [], readout)
+
+    def _lay_out_products(self) -> None:
+        """Where the matrices have entries, and how many columns, for :meth:`_gather`."""
+        like = next(run.matrices.merge for run in self._runs if run.matrices is not None)
+        with torch.no_grad():
+            folded = self._fold_dense(torch.zeros(0, device=like.device), torch.float32, magnitudes=True)
+        for name, matrix in _named_matrices(folded):
+            if matrix is not None:
+                places = matrix.cpu().flatten().nonzero().squeeze(1)
+                rows, columns = places // matrix.shape[1], (places % matrix.shape[1]).int()
+                starts = torch.searchsorted(rows, torch.arange(len(matrix))).int()
+                indices = {"places": places, "starts": starts, "columns": columns}
+                by_column = ByColumn.of(starts, columns, matrix.shape[1])._asdict()
+                for field, tensor in (
+                    indices | {f"by_column_{key}": value for key, value in by_column.items()}
+                ).items():
+                    self.register_buffer(f"{name}_{field}", tensor, persistent=False)
+
+    def _gather(self, folded: Folded) -> Folded:
+        """The same matrices by their entries; a readout of means has no zeros, and stays."""
+        found = {}
+        for name, matrix in _named_matrices(folded):
+            if matrix is not None and (name != "readout" or self._prefix):
+                by_column = ByColumn(*(getattr(self, f"{name}_by_column_{field}") for field in ByColumn._fields))
+                starts, columns = getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns")
+                matrix = SparseRows(starts, columns, matrix.flatten()[getattr(self, f"{name}_places")], by_column)
+            found[name] = matrix
+        frames = [found[f"frame{index}"] for index in range(len(folded.frames))]
+        transitions = [found[f"transition{index}"] for index in range(len(folded.transitions))]
+        return Folded(transitions, frames, frames[-1] if self._all else found["readout"])
 
     def _lay_out(self) -> None:
         """The indices of every sparse matrix. A frame is two lists over tokens: its column, and where its value is.
@@ -281,8 +354,19 @@ class Folding(nn.Module):
         return SparseRows(getattr(self, f"{name}_starts"), getattr(self, f"{name}_columns"), values, by_column)
 
 
+def _named_matrices(folded: Folded) -> Iterator[tuple[str, Tensor | None]]:
+    yield from ((f"transition{index}", matrix) for index, matrix in enumerate(folded.transitions))
+    yield from ((f"frame{index}", matrix) for index, matrix in enumerate(folded.frames))
+    if not folded.frames:
+        yield "readout", folded.readout
+
+
 def _carried_tokens(runs: Sequence[Run], num_tokens: int, num_prefix_tokens: int, readout: str) -> list[Tensor]:
-    """For each run the pruned tokens whose rows something later reads, found from the last run to the first."""
+    """For each run the tokens that skip it and whose rows something later reads, found from the last run to the first.
+
+    They are the pruned ones; where merged tokens keep their rest, those that share a merged token with one that is read
+    too.
+    """
     everything = set(range(num_tokens))
     read = set(range(num_prefix_tokens)) if readout == "prefix" else everything
     carried = []
@@ -293,8 +377,18 @@ def _carried_tokens(runs: Sequence[Run], num_tokens: int, num_prefix_tokens: int
             continue
         pruned = set(run.matrices.pruned_mask.nonzero().squeeze(1).tolist())
         carried.append(pruned & read)
+        if run.matrices.keeps_rest:
+            carried[-1] |= everything if run.matrices.dense else _sharing(run.matrices, read)
         read = everything if run.matrices.dense else carried[-1] | set(run.matrices.columns.tolist())
     return [torch.tensor(sorted(tokens), dtype=torch.long) for tokens in reversed(carried)]
+
+
+def _sharing(matrices: StageMatrices, read: set[int]) -> set[int]:
+    """The tokens that share a merged token with another, where any of those is read."""
+    shared = matrices.shared_mask.bool().tolist()
+    pairs = list(zip(matrices.rows.tolist(), matrices.columns.tolist(), strict=True))
+    merged = {row for row, token in pairs if token in read}
+    return {token for row, token in pairs if row in merged and shared[token]}
 
 
 def _wanted_rows(num_tokens: int, num_prefix_tokens: int, readout: str) -> tuple[Tensor, Tensor, Tensor]:

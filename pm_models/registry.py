@@ -18,8 +18,8 @@ def register_models() -> None:
     """Register ``pm_<name>`` for every plain Vision Transformer that timm knows, once.
 
     ``timm.create_model("pm_<name>", plan=..., **arguments)`` makes timm's model, with its own arguments, and compresses
-    it; see :func:`pm_models.compress` for ``train_matrices``, ``size_bias`` and ``merge_site``. ``plan`` is a
-    :class:`~pm_models.CompressionPlan`, its dict, or the path of a file that it was saved to.
+    it; see :func:`pm_models.compress` for ``train_matrices``, ``size_bias``, ``merge_site`` and ``shortcut``. ``plan``
+    is a :class:`~pm_models.CompressionPlan`, its dict, or the path of a file that it was saved to.
     """
     known = set(timm.list_models(f"{_PREFIX}*"))
     for module in _TIMM_MODULES:
@@ -38,6 +38,7 @@ def _entrypoint(name: str) -> Callable[..., PMVisionTransformer]:
         train_matrices: str | None = "support",
         size_bias: bool = False,
         merge_site: str = "block",
+        shortcut: str = "pruned",
         **arguments: object,
     ) -> PMVisionTransformer:
         if plan is None:
@@ -45,7 +46,14 @@ def _entrypoint(name: str) -> Callable[..., PMVisionTransformer]:
                 f"{_PREFIX}{name} needs plan=, a CompressionPlan, its dict, or the path of a file that it was saved to"
             )
         model = make(pretrained=pretrained, **arguments)
-        return compress(model, _plan(plan), train_matrices=train_matrices, size_bias=size_bias, merge_site=merge_site)
+        return compress(
+            model,
+            _plan(plan),
+            train_matrices=train_matrices,
+            size_bias=size_bias,
+            merge_site=merge_site,
+            shortcut=shortcut,
+        )
 
     entrypoint.__name__ = entrypoint.__qualname__ = f"{_PREFIX}{name}"
     entrypoint.__doc__ = f"``{name}`` of timm, compressed by ``plan``."

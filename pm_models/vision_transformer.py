@@ -27,7 +27,7 @@ from .attention import (
     run_merging,
     runs_rewired,
 )
-from .folding import READOUTS, TRAIN_MATRICES, Folded, Folding, Run, StageMatrices, Transition
+from .folding import READOUTS, SHORTCUTS, TRAIN_MATRICES, Folded, Folding, Run, StageMatrices, Transition
 from .plan import CompressionPlan
 from .rewiring import Rewired
 
@@ -47,6 +47,7 @@ class PMVisionTransformer(VisionTransformer):
         train_matrices: see :func:`compress`.
         size_bias: see :func:`compress`.
         merge_site: see :func:`compress`.
+        shortcut: see :func:`compress`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class PMVisionTransformer(VisionTransformer):
         train_matrices: str | None = "support",
         size_bias: bool = False,
         merge_site: str = "block",
+        shortcut: str = "pruned",
     ) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
@@ -64,6 +66,7 @@ class PMVisionTransformer(VisionTransformer):
         self.train_matrices = train_matrices
         self.size_bias = size_bias
         self.merge_site = merge_site
+        self.shortcut = shortcut
         self._execution = "folded"
         self._folded: dict[tuple, tuple[tuple[tuple[int, int], ...], Folded]] = {}
         for index, block in enumerate(self.blocks):
@@ -72,7 +75,7 @@ class PMVisionTransformer(VisionTransformer):
                 bias = None if sizes is None else sizes.log().to(attention.qkv.weight)
                 replace_module(block, name, PMAttention(attention, key_bias=bias))
         self.stages = nn.ModuleDict(
-            {str(stage.first): StageMatrices(plan, stage, train_matrices) for stage in plan.stages}
+            {str(stage.first): StageMatrices(plan, stage, train_matrices, shortcut) for stage in plan.stages}
         )
         self._find_runs()
         self.stages.to(self.patch_embed.proj.weight)
@@ -247,21 +250,21 @@ class PMVisionTransformer(VisionTransformer):
     def _run_literal(self, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
         """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens.
 
+        With ``shortcut="all"`` a token that shares a merged token has ``x - R M x`` added.
         With ``merge_site="attention"`` the first block of a stage takes x itself, and merges in its attention.
         """
         for run in self._runs:
             stage = run.matrices
             merge = None if stage is None else stage.merge_matrix()
             inside = merge is not None and self.merge_site == "attention"
-            y = x if merge is None or inside else token_mix(x, merge)
+            y = merged = x if merge is None or inside else token_mix(x, merge)
+            if inside and stage.keeps_rest:
+                merged = token_mix(x, merge)
             for index in range(run.first, run.last + 1):
                 block = self.blocks[index]
                 y = self._block(partial(run_merging, block, merge=merge) if inside and index == run.first else block, y)
                 if index in maps or index == run.last:
-                    full = y
-                    if stage is not None:
-                        pruned = stage.pruned_mask.unsqueeze(1).to(x.dtype)
-                        full = token_mix(y, stage.reconstruct_matrix()) + pruned * x
+                    full = y if stage is None else stage.full_map(y, merged, x)
                     if index in maps:
                         maps[index] = full
                         if index == max(maps):
@@ -379,7 +382,7 @@ class PMVisionTransformer(VisionTransformer):
 
 
 # The attributes that a compressed model has beside a plain one's, its modules and hook aside.
-_OF_COMPRESSION = {"plan", "train_matrices", "size_bias", "merge_site", "_execution", "_folded", "_runs"}
+_OF_COMPRESSION = {"plan", "train_matrices", "size_bias", "merge_site", "shortcut", "_execution", "_folded", "_runs"}
 
 
 class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistilled):
@@ -425,6 +428,7 @@ def compress(
     train_matrices: str | None = "support",
     size_bias: bool = False,
     merge_site: str = "block",
+    shortcut: str = "pruned",
 ) -> PMVisionTransformer:
     """Compress a timm Vision Transformer by a plan (arXiv 2503.23455, section 3).
 
@@ -438,6 +442,9 @@ def compress(
         merge_site: where a stage's first block merges: ``"block"``, before it, as in the paper; ``"attention"``, inside
             its attention, whose norm and projection to queries, keys and values then see all tokens: more work, and
             what a merge averages is normalised already.
+        shortcut: what skips a block: ``"pruned"``, pruned tokens, as in the paper; ``"all"``, whatever the merge leaves
+            out, ``x - R M x``: merged tokens share what the block adds, and each keeps what it had. More rows are
+            carried from block to block.
 
     Returns:
         A new model, a timm VisionTransformer in every way, on the same device, in the same dtype and mode.
@@ -450,6 +457,8 @@ def compress(
         raise ValueError(f"train_matrices must be 'support', 'dense' or None, got {train_matrices!r}")
     if merge_site not in MERGE_SITES:
         raise ValueError(f"merge_site must be 'block' or 'attention', got {merge_site!r}")
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut must be 'pruned' or 'all', got {shortcut!r}")
     _check_model(model, size_bias)
     _check_plan(model, plan)
     if merge_site == "attention":
@@ -460,7 +469,12 @@ def compress(
                     f"{type(model.blocks[stage.first]).__name__} that has another"
                 )
     return _COMPRESSED_CLASSES[type(model)](
-        copy.deepcopy(model), plan, train_matrices=train_matrices, size_bias=size_bias, merge_site=merge_site
+        copy.deepcopy(model),
+        plan,
+        train_matrices=train_matrices,
+        size_bias=size_bias,
+        merge_site=merge_site,
+        shortcut=shortcut,
     )
 
 

@@ -150,8 +150,8 @@ def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
     assert {file.name for file in path.parent.iterdir()} == {path.name, "segmentation.png", "segmentation_plan.png"}
     rows = report.segmentation_table(content).splitlines()[2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [
-        "dense", "prune and merge 0.8", "prune and merge 0.7", "prune and merge 0.5", "local merge 0.8",
-        "local merge 0.7", "local merge 0.5",
+        "dense", "prune and merge 0.8", "prune and merge 0.7", "prune and merge 0.5", "merge and carry 0.5",
+        "merge and carry 0.7", "merge and carry 0.8", "local merge 0.8", "local merge 0.7", "local merge 0.5",
     ]  # fmt: skip
     drop = records["prune_and_merge-keep0.7-seed0"]["miou"] - dense["miou"]
     assert f"| {drop:+.2f} |" in rows[2]

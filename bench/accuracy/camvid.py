@@ -30,7 +30,7 @@ from .runs import Run, Setting, new_encoder
 from .study import Study
 
 CLASSES, VOID = 11, 11
-DRAWN = (Run("dense"), Run("prune_and_merge", 0.7), Run("prune_and_merge", 0.5), Run("local_merge", 0.7))
+DRAWN = (Run("dense"), Run("prune_and_merge", 0.7), Run("merge_and_carry", 0.7), Run("local_merge", 0.7))
 DRAWN_IMAGES = 3
 FOLLOWED = 10  # one in so many validation images is evaluated after every epoch; all test images at the end
 

@@ -78,11 +78,18 @@ CAMVID = {
 }  # fmt: skip
 
 
+# Nothing is pruned; tokens merge by averages, each block at the same rate; what a merge leaves out skips the block.
+CARRYING = {
+    "plan": {"prune_rate": 0.0, "row_weights": "average", "allocation": "layer"},
+    "compress": {"size_bias": True, "shortcut": "all"},
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """One model made of the dense one, measured, fine-tuned, and measured again.
 
-    ``method`` is ``dense``, ``prune_and_merge``, ``random_scores``, ``smaller_images``, ``tome``, ``evit`` or
+    ``merge_and_carry`` is ``prune_and_merge`` with :data:`CARRYING`. Else ``method`` is ``dense``, ``random_scores``, ``smaller_images``, ``tome``, ``evit`` or
     ``local_merge``. The last three get the GMACs of ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are
     arguments of ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
     """
@@ -114,7 +121,9 @@ def segmentation_runs(seeds: int) -> list[Run]:
         for seed in range(seeds)
         for run in (
             Run("dense", seed=seed),
-            *(Run(method, rate, seed=seed) for method in ("prune_and_merge", "local_merge") for rate in rates),
+            *(Run("prune_and_merge", rate, seed=seed) for rate in rates),
+            *_carrying(rates, seed),
+            *(Run("local_merge", rate, seed=seed) for rate in rates),
         )
     ]
 
@@ -123,11 +132,16 @@ def classification_runs(setting: Setting, seeds: int) -> list[Run]:
     """The curve first, then what it is compared with, the variants, and the same once more for every other seed."""
     return [
         *_curve(0),
+        *_carrying(KEEP_RATES, 0),
         *_peers(setting, 0),
         *_variants(setting),
-        *(run for seed in range(1, seeds) for run in _curve(seed)),
+        *(run for seed in range(1, seeds) for run in (*_curve(seed), *_carrying(KEEP_RATES, seed))),
         *(run for seed in range(1, seeds) for run in _peers(setting, seed)),
     ]
+
+
+def _carrying(rates: tuple[float, ...], seed: int) -> list[Run]:
+    return [Run("merge_and_carry", rate, **CARRYING, seed=seed) for rate in sorted(rates)]
 
 
 def _curve(seed: int) -> list[Run]:

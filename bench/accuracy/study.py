@@ -145,7 +145,7 @@ class Study(ABC):
         torch.manual_seed(run.seed)
         if run.method == "dense":
             return copy.deepcopy(self.dense)
-        if run.method in ("prune_and_merge", "random_scores"):
+        if run.method in ("prune_and_merge", "merge_and_carry", "random_scores"):
             return self.compress(self.plan(run), **run.compress).eval().to(self.accelerator.device)
         return self.peer(run).eval().to(self.accelerator.device)
 
