@@ -89,9 +89,10 @@ CARRYING = {
 class Run:
     """One model made of the dense one, measured, fine-tuned, and measured again.
 
-    ``merge_and_carry`` is ``prune_and_merge`` with :data:`CARRYING`. Else ``method`` is ``dense``, ``random_scores``, ``smaller_images``, ``tome``, ``evit`` or
-    ``local_merge``. The last three get the GMACs of ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are
-    arguments of ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
+    ``method`` is ``dense``, ``prune_and_merge``, ``merge_and_carry`` (the same with :data:`CARRYING`),
+    ``random_scores``, ``smaller_images``, ``tome``, ``evit`` or ``local_merge``. The last three get the GMACs of
+    ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are arguments of
+    ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
     """
 
     method: str

@@ -10,7 +10,7 @@ from helpers import images_for, plan_for, small_vit
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.optim import create_optimizer_v2
 
-from pm_models import CompressionPlan, PMVisionTransformer, compress
+from pm_models import CompressionPlan, PMVisionTransformer, compress, load_pretrained, save_pretrained
 
 KINDS = {
     "token": {},
@@ -38,7 +38,7 @@ STAGES = {
 
 
 def written_out(model: VisionTransformer, compressed: PMVisionTransformer, images: torch.Tensor) -> torch.Tensor:
-    """y = M x, the stage's blocks, x = R y + (1 - m) x, with the dense model's own modules; all tokens, normalised."""
+    """y = M x, the stage's blocks, x = R y + what skips them, with the dense model's own modules; all tokens, normed."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     matrices = iter(zip(compressed.merge_matrices(), compressed.reconstruct_matrices(), strict=True))
     plan = compressed.plan
@@ -52,9 +52,21 @@ def written_out(model: VisionTransformer, compressed: PMVisionTransformer, image
             y = torch.einsum("cn,bnd->bcd", merge, x)
         y = block(y)
         if index == stage.last:
-            kept = plan.token_mask(index).to(x)[:, None]
-            x = torch.einsum("nc,bcd->bnd", reconstruct, y) + (1 - kept) * x
+            x = after(compressed, stage, y, x, merge, reconstruct)
     return model.norm(x)
+
+
+def after(compressed, stage, y, x, merge, reconstruct):
+    """R y, and what skips the blocks: pruned tokens; with ``shortcut="all"`` x - R M x of those that share a row."""
+    full = torch.einsum("nc,bcd->bnd", reconstruct, y)
+    prefix = compressed.plan.num_prefix_tokens
+    for patch, segment in enumerate(stage.segments):
+        token = prefix + patch
+        if segment < 0:
+            full[:, token] += x[:, token]
+        elif compressed.shortcut == "all" and stage.segments.count(segment) > 1:
+            full[:, token] += x[:, token] - torch.einsum("c,cn,bnd->bd", reconstruct[token], merge, x)
+    return full
 
 
 def random_matrices_(model: PMVisionTransformer) -> None:
@@ -84,22 +96,24 @@ def assert_same(actual, expected, tolerance):
         assert error <= tolerance, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("shortcut", ["pruned", "all"])
 @pytest.mark.parametrize("train_matrices", ["support", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded_is_literal_for_every_kind(kind, train_matrices):
+def test_folded_is_literal_for_every_kind(kind, train_matrices, shortcut):
     model = small_vit(**KINDS[kind]).double()
-    compressed = compress(model, plan_for(model), train_matrices=train_matrices)
+    compressed = compress(model, plan_for(model), train_matrices=train_matrices, shortcut=shortcut)
     random_matrices_(compressed)
     check_folded_is_literal(model, compressed)
 
 
+@pytest.mark.parametrize("shortcut", ["pruned", "all"])
 @pytest.mark.parametrize("train_matrices", ["support", "dense"])
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("kind", ["token", "registers", "average"])
-def test_folded_is_literal_for_stages(kind, stages, train_matrices):
+def test_folded_is_literal_for_stages(kind, stages, train_matrices, shortcut):
     model = small_vit(**KINDS[kind]).double()
     plan = plan_for(model, keep_rate=0.3, prune_rate=0.5, stages=STAGES[stages])
-    compressed = compress(model, plan, train_matrices=train_matrices)
+    compressed = compress(model, plan, train_matrices=train_matrices, shortcut=shortcut)
     random_matrices_(compressed)
     check_folded_is_literal(model, compressed)
 
@@ -117,14 +131,17 @@ def merged_inside(block, x, merge, key_bias=None):
     return y + block.ls2(block.mlp(block.norm2(y)))
 
 
+@pytest.mark.parametrize("shortcut", ["pruned", "all"])
 @pytest.mark.parametrize("train_matrices", ["support", "dense", None])
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("kind", ["token", "registers", "average"])
-def test_merging_inside_the_attention(kind, stages, train_matrices):
+def test_merging_inside_the_attention(kind, stages, train_matrices, shortcut):
     model = small_vit(**KINDS[kind], init_values=0.5).double()
     plan = plan_for(model, keep_rate=0.3, prune_rate=0.5, stages=STAGES[stages])
     size_bias = train_matrices is None
-    compressed = compress(model, plan, train_matrices=train_matrices, size_bias=size_bias, merge_site="attention")
+    compressed = compress(
+        model, plan, train_matrices=train_matrices, size_bias=size_bias, merge_site="attention", shortcut=shortcut
+    )
     random_matrices_(compressed)
     images = images_for(model)
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
@@ -140,8 +157,7 @@ def test_merging_inside_the_attention(kind, stages, train_matrices):
         else:
             y = compressed.blocks[index](y)
         if index == stage.last:
-            pruned = 1 - plan.token_mask(index).to(x)[:, None]
-            x = torch.einsum("nc,bcd->bnd", reconstruct, y) + pruned * x
+            x = after(compressed, stage, y, x, merge, reconstruct)
     expected = model.norm(x)
     for execution in ("folded", "literal"):
         compressed.execution = execution
@@ -607,6 +623,39 @@ def test_models_that_cannot_be_compressed(make, error, message):
         compress(make(), plan)
 
 
+@pytest.mark.parametrize("merge_site", ["block", "attention"])
+def test_the_shortcut_of_all_keeps_what_the_merge_leaves_out(merge_site):
+    """Blocks that add nothing leave every token as it is; by the paper's shortcut merged ones become alike."""
+    model = small_vit(depth=2).double()
+    with torch.no_grad():
+        for block in model.blocks:
+            for last in (block.attn.proj, block.mlp.fc2):
+                last.weight.zero_()
+                last.bias.zero_()
+    images, plan = images_for(model), plan_for(model)
+    expected = model.forward_features(images)
+    for shortcut in ("all", "pruned"):
+        compressed = compress(model, plan, shortcut=shortcut, merge_site=merge_site)
+        same = torch.isclose(compressed.forward_features(images), expected, rtol=1e-10, atol=1e-10).all()
+        assert same == (shortcut == "all")
+
+
+def test_the_shortcut_is_saved_and_carries_no_more_than_is_read(tmp_path):
+    model = small_vit(depth=4)
+    plan = plan_for(model)
+    compressed = compress(model, plan, shortcut="all").eval()
+    save_pretrained(compressed, tmp_path / "m", model_args={"embed_dim": 32, "depth": 4, "num_heads": 2})
+    loaded = load_pretrained(tmp_path / "m")
+    assert loaded.shortcut == "all"
+    images = images_for(model)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), compressed(images))
+    # The class token is read at the end: after the last block's merge no other row is carried.
+    assert len(compressed.transitions()[-1].starts) == plan.tokens[-1]
+    for matrix, tokens in zip(compressed.transitions(), plan.tokens, strict=True):
+        assert tokens <= len(matrix.starts) < tokens + plan.num_tokens
+
+
 def test_bad_options():
     model = small_vit()
     plan = plan_for(model)
@@ -623,6 +672,8 @@ def test_bad_options():
         compress(scaling, plan, size_bias=True)
     with pytest.raises(ValueError, match="merge_site must be 'block' or 'attention', got 'mlp'"):
         compress(model, plan, merge_site="mlp")
+    with pytest.raises(ValueError, match="shortcut must be 'pruned' or 'all', got 'none'"):
+        compress(model, plan, shortcut="none")
     with pytest.raises(
         ValueError, match="merge_site='attention' needs timm's Block .*; block 0 is a ParallelScalingBlo"
     ):
