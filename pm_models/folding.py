@@ -73,6 +73,14 @@ class StageMatrices(nn.Module):
             return self.merge
         return self.merge.new_zeros(self.shape).index_put((self.rows, self.columns), self.merge)
 
+    def densify(self) -> None:
+        """Keep every entry, so that no matrix is made of its nonzeros when the model runs; they do not train."""
+        merge, reconstruct = self.merge_matrix().detach(), self.reconstruct_matrix().detach()
+        for name, matrix in (("merge", merge), ("reconstruct", reconstruct)):
+            delattr(self, name)
+            self.register_buffer(name, matrix)
+        self.dense = True
+
     def full_map(self, y: Tensor, merged: Tensor | None, x: Tensor) -> Tensor:
         """The map (B, N, D) after the stage: ``R y``, and what skips its blocks.
 

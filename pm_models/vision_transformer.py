@@ -243,9 +243,12 @@ class PMVisionTransformer(VisionTransformer):
                 f"the images give {x.shape[1]} tokens, but the plan was made for a grid of {self.plan.grid} and "
                 f"{self.plan.num_prefix_tokens} prefix tokens: {self.plan.num_tokens} tokens"
             )
-        if self._execution == "literal" or self.merge_site == "attention" or not self.stages:
+        if self._is_literal():
             return self._run_literal(x, maps or {})
         return self._run_folded(readout, x, maps or {})
+
+    def _is_literal(self) -> bool:
+        return self._execution == "literal" or self.merge_site == "attention" or not self.stages
 
     def _run_literal(self, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
         """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens.
@@ -355,6 +358,10 @@ class PMVisionTransformer(VisionTransformer):
     def densify(self) -> None:
         """Mix tokens by matrix products alone from here on, until a matrix changes: for runtimes without others."""
         with torch.no_grad():
+            if self._is_literal():
+                for matrices in self.stages.values():
+                    matrices.densify()
+                return
             for readout in self._foldings:
                 like = self.patch_embed.proj.weight
                 folded = self._fold(readout, like.dtype, like.device)

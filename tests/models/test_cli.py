@@ -17,7 +17,6 @@ import pm_models
 from pm_models import CompressionPlan, PMVisionTransformer, Segmenter, load_pretrained, save_pretrained
 from pm_models.budget import Fit
 from pm_models.cli import main
-from pm_models.config import shipped_configs
 from pm_models.measure import count_gmacs
 from pm_models.training import distillation_task
 from pm_models.vision_transformer import check_vision_transformer
@@ -328,7 +327,20 @@ def test_no_such_recipe(capsys, data, tmp_path):
     assert "no file deit_smal, and no recipe of that name: there are augreg_base, deit_base" in err
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_configs() if not name.startswith("segmenter")])
+def test_the_shipped_way_to_compress(capsys, data, dense, tmp_path):
+    arguments = ["compress", data, "--config", "merge_and_carry", "--model", dense, "--keep-rate", "0.5", *COMMON]
+    status, _, err = run(capsys, *arguments, "--score-batches", "1", "--output", tmp_path / "o")
+    assert status == 0, err
+    model = load_pretrained(tmp_path / "o")
+    assert (model.shortcut, model.size_bias) == ("all", True)
+    assert len(set(model.plan.tokens)) == 1
+    for block in range(model.plan.depth):
+        assert model.plan.token_mask(block).min() == 1
+        merge = model.plan.merge_matrix(block)
+        torch.testing.assert_close(merge.sum(dim=1), torch.ones(len(merge)))
+
+
+@pytest.mark.parametrize("name", ["augreg_base", "deit_base", "deit_small", "deit_tiny", "mae_base"])
 def test_shipped_recipes(capsys, data, dense, tmp_path, name):
     """Each is the whole of a command: with the data, the model and the folder it runs, on four images a step."""
     alpha = {"deit_tiny": 0.8}.get(name, 1.0)

@@ -21,8 +21,10 @@ def disturbed(model):
     return model.eval()
 
 
-def compressed(name="vit_tiny_patch16_224", train_matrices="support", merge_site="block", size_bias=True, **arguments):
-    model = small_vit(name, depth=3, **arguments)
+def compressed(
+    name="vit_tiny_patch16_224", train_matrices="support", merge_site="block", size_bias=True, depth=3, **arguments
+):
+    model = small_vit(name, depth=depth, **arguments)
     return disturbed(
         compress(model, plan_for(model), train_matrices=train_matrices, merge_site=merge_site, size_bias=size_bias)
     )
@@ -79,7 +81,7 @@ def test_pt2(tmp_path):
 
 
 def test_aoti(tmp_path):
-    model = compressed()
+    model = compressed(depth=2)
     export_model(model, tmp_path / "m", "aoti")
     loaded = torch._inductor.aoti_load_package(str(tmp_path / "m"))
     images = images_for(model, 5)

@@ -38,7 +38,7 @@ STAGES = {
 
 
 def written_out(model: VisionTransformer, compressed: PMVisionTransformer, images: torch.Tensor) -> torch.Tensor:
-    """y = M x, the stage's blocks, x = R y + what skips them, with the dense model's own modules; all tokens, normed."""
+    """y = M x, the stage's blocks, x = R y + what skips them, with the dense modules; all tokens, normalised."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     matrices = iter(zip(compressed.merge_matrices(), compressed.reconstruct_matrices(), strict=True))
     plan = compressed.plan
