@@ -1,9 +1,10 @@
 """Counting multiply-accumulates and taking turns."""
 
+import pytest
 import timm
 from helpers import images_for, plan_for, small_vit
 
-from pm_models import compress
+from pm_models import Segmenter, compress
 from pm_models.measure import alternate, count_gmacs, throughput
 
 
@@ -42,3 +43,14 @@ def test_throughput_names_every_model():
     speeds = throughput({"dense": model, "again": model}, images_for(model, 4), rounds=2)
     assert speeds.keys() == {"dense", "again"}
     assert all(speed > 0 for speed in speeds.values())
+
+
+def test_folding_is_not_counted_for_an_image():
+    """Nor where a readout is folded at its first call: there are the products of the blocks, and no others."""
+    model = small_vit(depth=3)
+    compressed = compress(model, plan_for(model), shortcut="all").eval()
+    segmenter = Segmenter(compressed, 4, decoder="linear").eval()
+    tokens, width = compressed.plan.tokens, 32
+    blocks = sum(12 * width * width * count + 2 * count * count * width for count in tokens)
+    embedded, decoded = 35 * 3 * 16 * width, 35 * width * 4
+    assert count_gmacs(segmenter, (3, 28, 20)) == pytest.approx(1e-9 * (blocks + embedded + decoded), rel=1e-6)
