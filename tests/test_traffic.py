@@ -3,7 +3,7 @@
 import timm
 import torch
 
-from bench.transition import WIDTH, traffic
+from bench.transition import SMALL, traffic
 from pm_kernels.token_mix_launch import whole_rows
 from pm_models import CompressionPlan, compress
 
@@ -13,7 +13,7 @@ def test_transitions_move_little_more_than_they_must():
     torch.manual_seed(0)
     dense = timm.create_model("deit_small_patch16_224")
     smooth = torch.nn.functional.interpolate(torch.rand(12, 1, 4, 4), (14, 14), mode="bilinear").flatten(1)
-    per_program = whole_rows(WIDTH, 2048)["ROWS"]
+    per_program = whole_rows(SMALL.width, 2048)["ROWS"]
     for scores in (torch.rand(12, 196), smooth):
         compressed = compress(dense, CompressionPlan.from_scores(scores, (14, 14), 0.6, 0.1)).eval()
         counted = traffic(compressed)
