@@ -87,7 +87,7 @@ class MaskTransformer(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """(B, h*w, D) to (B, h*w, classes)."""
         classes = self.cls_emb.shape[1]
-        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], dim=1)
+        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)
