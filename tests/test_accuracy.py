@@ -18,7 +18,7 @@ TINY = Setting(
     smaller_images=(12,), score_batches=2,
 )  # fmt: skip
 TINY_CAMVID = Setting(
-    image=16, patch=4, width=16, depth=3, heads=2, batch=2, epochs=3, lr=1e-3, tune_epochs=1, tune_lr=1e-4,
+    image=16, patch=4, width=16, depth=3, heads=2, batch=4, epochs=3, lr=1e-3, tune_epochs=1, tune_lr=1e-4,
     score_batches=2, decoder_depth=1,
 )  # fmt: skip
 
@@ -43,7 +43,7 @@ def study(root):
 
 @pytest.fixture(scope="module")
 def camvid_root(tmp_path_factory):
-    """Four images of each split, the left half of class 3, the right half of class 5, the top void."""
+    """Eight images of each split, the left half of class 3, the right half of class 5, the top void."""
     root = tmp_path_factory.mktemp("camvid")
     labels = np.full((24, 32), 3, np.uint8)
     labels[:, 16:] = 5
@@ -52,7 +52,7 @@ def camvid_root(tmp_path_factory):
     for split in ("train", "val", "test"):
         for kind, content in (("images", image), ("labels", labels)):
             (root / "data" / kind / split).mkdir(parents=True)
-            for index in range(4):
+            for index in range(8):
                 Image.fromarray(content).save(root / "data" / kind / split / f"{index}.png")
     return root
 
@@ -143,7 +143,6 @@ def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
         assert 0 <= record["miou"] <= 100
         if name != "dense-seed0":
             assert record["gmacs"] < dense["gmacs"]
-        if record["method"] == "prune_and_merge":  # what is carried may take more than it saves in a tiny model
             assert record["activation_bytes"] < dense["activation_bytes"]
         if record["method"] == "local_merge":
             ours = records[name.replace("local_merge", "prune_and_merge")]

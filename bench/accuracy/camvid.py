@@ -39,6 +39,7 @@ class CamVid(Study):
     """On a folder with ``images/{train,val,test}/*`` and ``labels/...``, classes 0 to 10 and 11 for void."""
 
     quality = "miou"
+    make_scoring_loader = staticmethod(make_scoring_loader)
 
     def __init__(self, setting: Setting, data: Path, work: Path, device: str) -> None:
         super().__init__(setting, work, device)
@@ -64,16 +65,6 @@ class CamVid(Study):
 
     def test_loader(self) -> DataLoader:
         return make_evaluation_loader(self.test_set, self.new_model(), workers=1)
-
-    def scoring_loader(self) -> DataLoader:
-        return make_scoring_loader(
-            self.train_set,
-            self.dense,
-            batches=self.setting.score_batches,
-            batch_size=self.setting.batch,
-            workers=1,
-            seed=0,
-        )
 
     def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
         return SegmentationTask(model, teacher)

@@ -35,6 +35,7 @@ class Cifar10(Study):
     """On an image folder, ``train/<class>/*`` and ``test/<class>/*``."""
 
     quality = "top1"
+    make_scoring_loader = staticmethod(calibration_loader)
 
     def __init__(self, setting: Setting, data: Path, work: Path, device: str) -> None:
         super().__init__(setting, work, device)
@@ -59,16 +60,6 @@ class Cifar10(Study):
     def test_loader(self) -> DataLoader:
         loader = make_loader(self.test_set, self.new_model(), batch_size=self.setting.batch, workers=1, crop_pct=1.0)
         return self.accelerator.prepare(loader)
-
-    def scoring_loader(self) -> DataLoader:
-        return calibration_loader(
-            self.train_set,
-            self.dense,
-            batches=self.setting.score_batches,
-            batch_size=self.setting.batch,
-            workers=1,
-            seed=0,
-        )
 
     def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
         return classification_task(model, smoothing=0.1) if teacher is None else distillation_task(model, teacher)

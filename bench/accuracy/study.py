@@ -6,7 +6,7 @@ import shutil
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pm_models import CompressionPlan, load_pretrained, save_pretrained, score_tokens
 from pm_models.data import input_size
@@ -35,6 +35,8 @@ class Study(ABC):
     """
 
     quality: str  # what of an evaluation is the accuracy
+    make_scoring_loader: Callable[..., DataLoader]
+    train_set: Dataset
 
     def __init__(self, setting: Setting, work: Path, device: str) -> None:
         self.setting, self.work = setting, work
@@ -51,9 +53,6 @@ class Study(ABC):
 
     @abstractmethod
     def test_loader(self) -> DataLoader: ...
-
-    @abstractmethod
-    def scoring_loader(self) -> DataLoader: ...
 
     @abstractmethod
     def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
@@ -73,6 +72,17 @@ class Study(ABC):
     @abstractmethod
     def peer(self, run: Run) -> nn.Module:
         """The model of a method that is not ours."""
+
+    def scoring_loader(self) -> DataLoader:
+        """Training images as they are evaluated."""
+        return self.make_scoring_loader(
+            self.train_set,
+            self.dense,
+            batches=self.setting.score_batches,
+            batch_size=self.setting.batch,
+            workers=1,
+            seed=0,
+        )
 
     def timed(self, run: Run, images: Tensor) -> tuple[nn.Module, Tensor]:
         """The run's model as it is timed, and its share of the images' pixels."""
