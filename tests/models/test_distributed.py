@@ -13,7 +13,7 @@ import torch
 from helpers import small_vit
 from PIL import Image
 
-from pm_models import CompressionPlan, save_pretrained
+from pm_models import CompressionPlan, Segmenter, load_pretrained, save_pretrained
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch lacks torch.distributed")
 SCRIPT = """
@@ -164,3 +164,36 @@ def test_the_command_line_on_two_processes(tmp_path):
     out = run(2, "-m", "pm_models", "eval", tmp_path / "data", "--model", tmp_path / "tuned", *common)
     assert out.count("top-1 ") == 1
     assert "on 16 images" in out
+
+
+def test_segmentation_on_two_processes(tmp_path):
+    """The same plan and the same measures as one process, for images that two cannot share alike; each counts once."""
+    model = Segmenter(small_vit(img_size=32, patch_size=8, depth=2, num_classes=0), 3, decoder_depth=1)
+    save_pretrained(model, tmp_path / "dense")
+    for split, index in itertools.product(("train", "validation"), range(5)):
+        for kind, shape in (("images", (40, 36, 3)), ("labels", (40, 36))):
+            folder = tmp_path / "data" / kind / split
+            folder.mkdir(parents=True, exist_ok=True)
+            content = torch.randint(0, 3 if kind == "labels" else 256, shape, dtype=torch.uint8)
+            Image.fromarray(content.numpy()).save(folder / f"{index}.png")
+    common = [tmp_path / "data", "--task", "segmentation", "-j", "0", "-b", "1", "--device", "cpu"]
+    for processes in (1, 2):
+        run(
+            processes, "-m", "pm_models", "compress", *common, "--model", tmp_path / "dense", "--keep-rate", "0.5",
+            "--prune-rate", "0.2", "--score-batches", "5", "--output", tmp_path / f"compressed{processes}",
+        )  # fmt: skip
+        run(
+            processes, "-m", "pm_models", "eval", *common, "--model", tmp_path / "compressed1",
+            "--results-file", tmp_path / f"eval{processes}.json",
+        )  # fmt: skip
+    one, two = (CompressionPlan.load(tmp_path / f"compressed{processes}" / "plan.json") for processes in (1, 2))
+    assert [stage.segments for stage in one.stages] == [stage.segments for stage in two.stages]
+    one, two = (json.loads((tmp_path / f"eval{processes}.json").read_text()) for processes in (1, 2))
+    for measure in ("miou", "macc", "aacc", "iou"):
+        assert two[measure] == pytest.approx(one[measure], abs=1e-4)
+    out = run(
+        2, "-m", "pm_models", "finetune", *common, "--model", tmp_path / "compressed2", "--epochs", "1",
+        "--output", tmp_path / "tuned",
+    )  # fmt: skip
+    assert out.count("finetune 1/1: loss") == 1
+    assert load_pretrained(tmp_path / "tuned").encoder.plan == load_pretrained(tmp_path / "compressed2").encoder.plan
