@@ -1,15 +1,17 @@
 """Prune and Merge for timm's Vision Transformers: timm in, timm out."""
 
+from .adapters import to_timm
 from .checkpoints import load_authors_checkpoint, load_pretrained, load_segmenter_checkpoint, save_pretrained
 from .export import export_model
 from .plan import CompressionPlan, StagePlan
 from .registry import register_models
 from .scoring import score_tokens
 from .segmenter import Segmenter
-from .vision_transformer import PMVisionTransformer, compress
+from .vision_transformer import PMEva, PMVisionTransformer, compress
 
 __all__ = [
     "CompressionPlan",
+    "PMEva",
     "PMVisionTransformer",
     "Segmenter",
     "StagePlan",
@@ -20,6 +22,7 @@ __all__ = [
     "load_segmenter_checkpoint",
     "save_pretrained",
     "score_tokens",
+    "to_timm",
 ]
 
 register_models()

@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .data import input_size
 from .measure import alternate, count_gmacs
 from .plan import CompressionPlan
-from .segmenter import Segmenter, encoder_of
-from .vision_transformer import PMVisionTransformer
+from .segmenter import Model, encoder_of
 
 _ROUNDS = 8
 
@@ -32,9 +30,9 @@ class Fit(NamedTuple):
 
 
 def fit_gmacs(
-    model: VisionTransformer | Segmenter,
+    model: Model,
     make_plan: Callable[[float], CompressionPlan],
-    make_model: Callable[[CompressionPlan], PMVisionTransformer | Segmenter],
+    make_model: Callable[[CompressionPlan], Model],
     prune_rate: float,
     target: float,
 ) -> Fit:
@@ -68,9 +66,9 @@ def fit_gmacs(
 
 
 def fit_speedup(
-    model: VisionTransformer | Segmenter,
+    model: Model,
     make_plan: Callable[[float], CompressionPlan],
-    make_model: Callable[[CompressionPlan], PMVisionTransformer | Segmenter],
+    make_model: Callable[[CompressionPlan], Model],
     prune_rate: float,
     target: float,
     images: Tensor,
@@ -146,7 +144,7 @@ class LatencyTable(NamedTuple):
         return self.seconds[lower] + share * (self.seconds[upper] - self.seconds[lower])
 
 
-def measure_latency(model: VisionTransformer | Segmenter, images: Tensor) -> LatencyTable:
+def measure_latency(model: Model, images: Tensor) -> LatencyTable:
     """Measure the table of a model, in evaluation mode, on a batch of images (B, C, H, W)."""
     encoder = encoder_of(model)
     total = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
@@ -164,9 +162,7 @@ def measure_latency(model: VisionTransformer | Segmenter, images: Tensor) -> Lat
     return LatencyTable(tuple(counts), seconds, max(0.0, times["model"] - seconds[-1]))
 
 
-def _speedup(
-    model: VisionTransformer | Segmenter, compressed: PMVisionTransformer | Segmenter, images: Tensor
-) -> float:
+def _speedup(model: Model, compressed: Model, images: Tensor) -> float:
     with torch.inference_mode():
         times = _medians({"dense": lambda: model(images), "ours": lambda: compressed(images)}, images.is_cuda)
     return times["dense"] / times["ours"]
@@ -176,7 +172,7 @@ def _medians(calls: dict, cuda: bool) -> dict:
     return {name: statistics.median(times) for name, times in alternate(calls, _ROUNDS, synchronize=cuda).items()}
 
 
-def _keep_rates(model: VisionTransformer | Segmenter, prune_rate: float) -> list[float]:
+def _keep_rates(model: Model, prune_rate: float) -> list[float]:
     """Every keep rate that differs: 1 patch a block, 2, ..., all that are not pruned."""
     patches = encoder_of(model).patch_embed.num_patches
     most = max(1, int(patches * (1 - prune_rate) + 1e-9))

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -22,11 +23,14 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .card import model_card, replaces_card
 from .plan import CompressionPlan, StagePlan
-from .segmenter import Segmenter, encoder_of, set_norm_eps
-from .vision_transformer import PMVisionTransformer, compress
+from .registry import PREFIX, registered_name
+from .segmenter import Model, Segmenter, encoder_of, set_norm_eps, shared_norm_eps
+from .vision_transformer import Compressed, PMVisionTransformer, compress
 
 CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
 WEIGHTS_NAME = "model.safetensors"
 VARIANT_NAME = "variant.yml"  # beside a published Segmenter
 
@@ -41,19 +45,25 @@ _TRANSIENT = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode"
 
 
 def save_pretrained(
-    model: VisionTransformer | Segmenter, folder: str | os.PathLike, *, model_args: dict | None = None
+    model: Model,
+    folder: str | os.PathLike,
+    *,
+    model_args: dict | None = None,
+    results: Mapping[str, Mapping[str, object]] | None = None,
 ) -> None:
-    """Save a timm VisionTransformer or a Segmenter, compressed or not, as safetensors and JSON.
+    """Save a timm VisionTransformer or Eva, or a Segmenter, compressed or not, as safetensors and JSON.
 
-    The folder has the layout of timm's hub folders; a compressed model's plan and options stand in its
-    ``config.json`` under ``compression``, a Segmenter's under ``segmenter``, and the rest is its encoder's. What is
-    written is known to load: the model is rebuilt from the configuration (without weights) and compared before anything
-    appears in ``folder``.
+    The folder has the layout of timm's hub folders, with a model card. A compressed model stands there under its
+    registered name, ``pm_<name>``, its plan and options among the arguments: once this package is imported,
+    ``timm.create_model("local-dir:<folder>", pretrained=True)`` makes it too. A Segmenter's options stand in
+    ``config.json`` under ``segmenter``, and the rest is its encoder's. What is written is known to load: the model is
+    rebuilt from the configuration (without weights) and compared before anything appears in ``folder``.
 
     Args:
         model: made by ``timm.create_model``, or its encoder was, so that its architecture has a name.
         folder: created if need be; a model saved there before is replaced.
         model_args: arguments of ``timm.create_model`` that the model was made with, where timm did not record them.
+        results: a row of numbers for each of some models, by their names, for the card.
 
     Raises:
         ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
@@ -69,22 +79,16 @@ def save_pretrained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        extra = {}
-        if isinstance(encoder, PMVisionTransformer):
-            extra["compression"] = {
-                "plan": encoder.plan.to_dict(),
-                "train_matrices": encoder.train_matrices,
-                "size_bias": encoder.size_bias,
-                "merge_site": encoder.merge_site,
-                "shortcut": encoder.shortcut,
-            }
-            # Where timm made it under a name of ours, it recorded these too: the model itself is who tells them.
-            recorded = getattr(encoder, "_model_args", {})
-            encoder._model_args = {name: recorded[name] for name in recorded if name not in extra["compression"]}
+        name = encoder.pretrained_cfg["architecture"].removeprefix(PREFIX)
+        arguments = dict(model_args or {})
+        if isinstance(encoder, Compressed):
+            name = registered_name(name)
+            arguments |= encoder.compression
+        extra = {"pretrained_cfg": {"architecture": name}, "norm_eps": shared_norm_eps(encoder)}
         if isinstance(model, Segmenter):
-            extra["segmenter"] = {"num_classes": model.num_classes, "norm_eps": model.norm_eps, **model.options}
+            extra["segmenter"] = {"num_classes": model.num_classes, **model.options}
         try:
-            save_for_hf(encoder, staging, model_config=extra, model_args=model_args, safe_serialization=True)
+            save_for_hf(encoder, staging, model_config=extra, model_args=arguments, safe_serialization=True)
             if isinstance(model, Segmenter):
                 save_model(model, str(staging / WEIGHTS_NAME))
         except SafetensorError as error:
@@ -92,15 +96,17 @@ def save_pretrained(
         with torch.device("meta"):
             rebuilt = _build(staging)
         _check_same_model(model, rebuilt)
+        (staging / CARD_NAME).write_text(model_card(model, name, results or {}), encoding="utf-8")
         staging.chmod(0o755)
         folder.mkdir(exist_ok=True)
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(staging / name, folder / name)
+        for name in (CARD_NAME, WEIGHTS_NAME, CONFIG_NAME):
+            if name != CARD_NAME or replaces_card(folder / name):
+                os.replace(staging / name, folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> VisionTransformer | Segmenter:
+def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> Model:
     """Load a model that :func:`save_pretrained` wrote, on the CPU, in evaluation mode, in the dtype it was saved in.
 
     Args:
@@ -108,7 +114,7 @@ def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) ->
         uncompressed: leave the plan and its matrices out: the plain timm model with the same weights.
 
     Returns:
-        A :class:`PMVisionTransformer`, or the plain timm model where that was saved; a :class:`Segmenter` on it.
+        The compressed model, or the plain timm model where that was saved; a :class:`Segmenter` on it.
 
     Raises:
         FileNotFoundError: the folder lacks ``config.json`` or ``model.safetensors``.
@@ -237,27 +243,18 @@ def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
-def _build(folder: Path, uncompressed: bool = False) -> VisionTransformer | Segmenter:
+def _build(folder: Path, uncompressed: bool = False) -> Model:
     """The model that the folder's configuration describes, with random weights."""
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if config["architecture"].startswith(PREFIX):
+            registered_name(config["architecture"])
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-        decoder = config.get("segmenter")
-        if decoder is not None:
-            decoder = dict(decoder)
-            num_classes, norm_eps = decoder.pop("num_classes"), decoder.pop("norm_eps")
-            set_norm_eps(model, norm_eps)
-        compression = config.get("compression")
-        if compression is not None and not uncompressed:
-            plan = CompressionPlan.from_dict(compression["plan"])
-            options = {name: compression[name] for name in ("train_matrices", "size_bias")}
-            for name, before in (("merge_site", "block"), ("shortcut", "pruned")):  # the first files had none
-                options[name] = compression.get(name, before)
-            # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
-            with torch.device("cpu"):
-                model = compress(model, plan, **options)
-        return model if decoder is None else Segmenter(model, num_classes, **decoder)
+        set_norm_eps(model, config.get("norm_eps"))
+        if uncompressed and isinstance(model, Compressed):
+            model = model.uncompressed()
+        return Segmenter(model, **config["segmenter"]) if "segmenter" in config else model
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.models.vision_transformer import VisionTransformer
 from timm.task.task import TrainingTask
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from .scoring import score_tokens
 from .segmenter import Segmenter, encoder_of
 from .tasks import DEFAULT_TASK, TASKS, Model, Task, load_model
 from .training import Recipe, fit, make_accelerator
-from .vision_transformer import PMVisionTransformer, check_vision_transformer
+from .vision_transformer import Compressed, PlainModel, check_vision_transformer
 from .visualize import save_accuracy_picture, save_plan_picture
 
 _STATE = "state"
@@ -295,7 +294,7 @@ def _fit_and_save(
     _save_pictures(options, task, models, eval_set, rows)
     _write_json(options.output / _SUMMARY, summary | {"models": rows})
     # Last, as the model's configuration is what tells a finished run from one to continue.
-    save_pretrained(model, options.output, model_args=_model_args(options))
+    save_pretrained(model, options.output, model_args=_model_args(options), results=rows)
     for state in (_STATE, f"{_STATE}.old"):  # the model is saved: nothing is left to continue
         shutil.rmtree(options.output / state, ignore_errors=True)
     print(compare(rows))
@@ -350,12 +349,12 @@ def _save_pictures(
     save_accuracy_picture(points, options.output / "accuracy.png", quality=task.quality_name)
 
 
-def _dense_tokens(model: VisionTransformer) -> list[int]:
+def _dense_tokens(model: PlainModel) -> list[int]:
     return [model.patch_embed.num_patches + model.num_prefix_tokens] * len(model.blocks)
 
 
 def _is_compressed(model: Model) -> bool:
-    return isinstance(encoder_of(model), PMVisionTransformer)
+    return isinstance(encoder_of(model), Compressed)
 
 
 def _task(options: argparse.Namespace) -> Task:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy
 import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from .segmenter import Segmenter, encoder_of
+from .segmenter import Model, encoder_of
+from .vision_transformer import PlainModel
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -66,7 +66,7 @@ def class_names(dataset: Dataset) -> list[str] | None:
     return None
 
 
-def check_classes(dataset: Dataset, model: VisionTransformer) -> None:
+def check_classes(dataset: Dataset, model: PlainModel) -> None:
     """Refuse a data set with one class, or with more than the model tells apart; warn of fewer.
 
     Raises:
@@ -149,7 +149,7 @@ class SeededImages(Dataset):
 
 def make_loader(
     dataset: Dataset,
-    model: VisionTransformer,
+    model: PlainModel,
     *,
     batch_size: int,
     workers: int,
@@ -213,7 +213,7 @@ def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def input_size(model: VisionTransformer | Segmenter) -> tuple[int, int, int]:
+def input_size(model: Model) -> tuple[int, int, int]:
     """Channels, height and width of the images that the model takes."""
     encoder = encoder_of(model)
     return (encoder.in_chans, *encoder.patch_embed.img_size)
@@ -221,7 +221,7 @@ def input_size(model: VisionTransformer | Segmenter) -> tuple[int, int, int]:
 
 def calibration_loader(
     dataset: Dataset,
-    model: VisionTransformer,
+    model: PlainModel,
     *,
     batches: int,
     batch_size: int,
@@ -245,7 +245,7 @@ def random_subset(dataset: Dataset, count: int, seed: int) -> Subset:
     return Subset(dataset, order[:count].tolist())
 
 
-def sample_images(dataset: Dataset, model: VisionTransformer, count: int, **options: object) -> numpy.ndarray:
+def sample_images(dataset: Dataset, model: PlainModel, count: int, **options: object) -> numpy.ndarray:
     """Some images (count, H, W, 3), grey ones (count, H, W), as the model sees them, from 0 to 1.
 
     They are from all over the data set, or its first where it can only be read in order.

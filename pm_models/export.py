@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .data import input_size
 from .files import atomic_path
-from .segmenter import Segmenter, encoder_of
-from .vision_transformer import PMVisionTransformer
+from .segmenter import Model, encoder_of
+from .vision_transformer import Compressed
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
 _MOST_BYTES = 2**31 - 2**24  # of one ONNX file
 _UNWANTED = ("Scatter", "Loop", "Scan", "If")  # what servers of ONNX are slow at, or lack
 _INPUT, _OUTPUT = "images", "logits"
-
-Model = VisionTransformer | Segmenter
 
 
 class Exported(NamedTuple):
@@ -45,8 +42,8 @@ def export_model(
     The file is loaded and run once, on more images than it was made with, before it appears at ``path``.
 
     Args:
-        model: a timm VisionTransformer or a :class:`Segmenter`, on the device that the file is for (ONNX: any). It is
-            left as it was.
+        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on the device that the file is for (ONNX:
+            any). It is left as it was.
         path: of the file.
         format: ``"onnx"``, in float32, its token mixes as matrix products, with no scatter and no loop; ``"pt2"``, for
             ``torch.export.load``; ``"aoti"``, compiled for this machine, for ``torch._inductor.aoti_load_package``.
@@ -98,7 +95,7 @@ def _write_onnx(model: Model, images: Tensor, path: Path) -> Callable[[Tensor], 
     import onnx
 
     encoder = encoder_of(model)
-    if isinstance(encoder, PMVisionTransformer):
+    if isinstance(encoder, Compressed):
         encoder.densify()
     program = torch.onnx.export(
         model,

@@ -48,13 +48,18 @@ def count_gmacs(model: nn.Module, image_size: tuple[int, int, int]) -> float:
     like = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=like.dtype, device=like.device)
     training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     try:
+        for parameter in trained:  # torch's counter stumbles over a parameter that is a module's input
+            parameter.requires_grad_(False)
         # Attention as two matrix products, which every version of torch counts.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(image)  # what is static is computed now
             with FlopCounterMode(display=False) as counter:
                 model(image)
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         model.train(training)
     return counter.get_total_flops() / 2e9

@@ -4,32 +4,40 @@ import os
 from collections.abc import Callable
 
 import timm
-from timm.models import model_entrypoint, register_model
-from timm.models.vision_transformer import VisionTransformer
+import torch
+from timm.models import load_pretrained, model_entrypoint, register_model
 
 from .plan import CompressionPlan
-from .vision_transformer import PMVisionTransformer, compress
+from .vision_transformer import Compressed, PlainModel, compress
 
-_PREFIX = "pm_"
-_TIMM_MODULES = ("vision_transformer", "deit")
+PREFIX = "pm_"
+_TIMM_MODULES = ("vision_transformer", "deit", "eva")
 
 
 def register_models() -> None:
-    """Register ``pm_<name>`` for every plain Vision Transformer that timm knows, once.
+    """Register ``pm_<name>`` for every Vision Transformer of timm that can be compressed, once.
 
     ``timm.create_model("pm_<name>", plan=..., **arguments)`` makes timm's model, with its own arguments, and compresses
     it; see :func:`pm_models.compress` for ``train_matrices``, ``size_bias``, ``merge_site`` and ``shortcut``. ``plan``
     is a :class:`~pm_models.CompressionPlan`, its dict, or the path of a file that it was saved to.
     """
-    known = set(timm.list_models(f"{_PREFIX}*"))
+    known = set(timm.list_models(f"{PREFIX}*"))
     for module in _TIMM_MODULES:
         for name in timm.list_models(module=module):
-            if f"{_PREFIX}{name}" not in known:
+            if f"{PREFIX}{name}" not in known:
                 register_model(_entrypoint(name))
 
 
-def _entrypoint(name: str) -> Callable[..., PMVisionTransformer]:
-    make: Callable[..., VisionTransformer] = model_entrypoint(name)
+def registered_name(architecture: str) -> str:
+    """``pm_<architecture>``, registered now if a model of that name, someone's own, came after ours."""
+    name = architecture if architecture.startswith(PREFIX) else f"{PREFIX}{architecture}"
+    if not timm.is_model(name) and timm.is_model(name.removeprefix(PREFIX)):
+        register_model(_entrypoint(name.removeprefix(PREFIX)))
+    return name
+
+
+def _entrypoint(name: str) -> Callable[..., Compressed]:
+    make: Callable[..., PlainModel] = model_entrypoint(name)
 
     def entrypoint(
         pretrained: bool = False,
@@ -40,22 +48,30 @@ def _entrypoint(name: str) -> Callable[..., PMVisionTransformer]:
         merge_site: str = "block",
         shortcut: str = "pruned",
         **arguments: object,
-    ) -> PMVisionTransformer:
+    ) -> Compressed:
         if plan is None:
             raise ValueError(
-                f"{_PREFIX}{name} needs plan=, a CompressionPlan, its dict, or the path of a file that it was saved to"
+                f"{PREFIX}{name} needs plan=, a CompressionPlan, its dict, or the path of a file that it was saved to"
             )
-        model = make(pretrained=pretrained, **arguments)
-        return compress(
-            model,
-            _plan(plan),
-            train_matrices=train_matrices,
-            size_bias=size_bias,
-            merge_site=merge_site,
-            shortcut=shortcut,
-        )
+        # A folder or hub that holds a compressed model has its weights, not those of the model before.
+        compressed = "plan" in (arguments.get("pretrained_model_args") or {})
+        model = make(pretrained=pretrained and not compressed, **arguments)
+        # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
+        with torch.device("cpu"):
+            model = compress(
+                model,
+                _plan(plan),
+                train_matrices=train_matrices,
+                size_bias=size_bias,
+                merge_site=merge_site,
+                shortcut=shortcut,
+            )
+        if pretrained and compressed:
+            in_chans = model.patch_embed.proj.in_channels
+            load_pretrained(model, model.pretrained_cfg, num_classes=model.num_classes, in_chans=in_chans)
+        return model
 
-    entrypoint.__name__ = entrypoint.__qualname__ = f"{_PREFIX}{name}"
+    entrypoint.__name__ = entrypoint.__qualname__ = f"{PREFIX}{name}"
     entrypoint.__doc__ = f"``{name}`` of timm, compressed by ``plan``."
     return entrypoint
 

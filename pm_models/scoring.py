@@ -6,17 +6,15 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .attention import PMAttention, fusable_attentions, fused_attentions, replace_module
-from .segmenter import Segmenter, encoder_of
-from .vision_transformer import PMVisionTransformer, check_vision_transformer
+from .attention import fusable_attentions, fuse, fused_attentions, replace_module
+from .segmenter import Model, encoder_of
+from .vision_transformer import Compressed, PlainModel, check_vision_transformer
 
 
 def score_tokens(
-    model: VisionTransformer | Segmenter,
+    model: Model,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     batches: int,
@@ -34,8 +32,8 @@ def score_tokens(
     Where ``torch.distributed`` is set up, every process scores batches of its own, and all return the sum.
 
     Args:
-        model: a timm VisionTransformer or a :class:`Segmenter` on any device, compressed or not; it comes back as it
-            was.
+        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on any device, compressed or not; it comes back
+            as it was.
         loader: yields (images (B, 3, H, W), targets).
         batches: how many batches to take from this process's loader, at least 1 in all; a shorter loader is used
             whole, with a warning.
@@ -45,11 +43,11 @@ def score_tokens(
         (L, patches) float32 on the CPU, prefix tokens left out.
 
     Raises:
-        TypeError: the model is no timm VisionTransformer.
+        TypeError: the model is of another class.
         ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
     """
     encoder = encoder_of(model)
-    plan = encoder.plan if isinstance(encoder, PMVisionTransformer) else None
+    plan = encoder.plan if isinstance(encoder, Compressed) else None
     if plan is None:
         check_vision_transformer(encoder)
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -93,12 +91,12 @@ def score_tokens(
     return torch.stack(scores)[:, encoder.num_prefix_tokens :].float()
 
 
-def _attentions(block: nn.Module) -> dict[str, Attention]:
+def _attentions(block: nn.Module) -> dict[str, nn.Module]:
     return fusable_attentions(block) | fused_attentions(block)
 
 
 @contextmanager
-def _gated(model: nn.Module, encoder: VisionTransformer, counts: list[int]) -> Iterator[list[Tensor]]:
+def _gated(model: nn.Module, encoder: PlainModel, counts: list[int]) -> Iterator[list[Tensor]]:
     """The model in eval mode and frozen, with a gate of ones on every encoder block's keys; undone at the end.
 
     ``counts`` are the blocks' tokens.
@@ -117,7 +115,7 @@ def _gated(model: nn.Module, encoder: VisionTransformer, counts: list[int]) -> I
             gates.append(torch.ones(count, dtype=dtype, device=like.device, requires_grad=True))
             for name, attention in _attentions(block).items():
                 bias = getattr(attention, "key_bias", None)
-                replace_module(block, name, PMAttention(attention, key_bias=bias, token_gate=gates[-1]))
+                replace_module(block, name, fuse(attention, key_bias=bias, token_gate=gates[-1]))
                 replaced.append((block, name, attention))
         yield gates
     finally:

@@ -6,11 +6,11 @@ import math
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .plan import CompressionPlan
-from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
+from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
 
 DECODERS = ("mask_transformer", "linear")
 
@@ -102,7 +102,7 @@ class Segmenter(nn.Module):
     Its weights are named ``encoder.*``, as timm names them, and ``decoder.*``, as the published checkpoints do.
 
     Args:
-        encoder: a timm VisionTransformer, plain or compressed; its head is not used. It is not copied.
+        encoder: a timm VisionTransformer or Eva, plain or compressed; its head is not used. It is not copied.
         num_classes: classes to tell apart.
         decoder: ``"mask_transformer"`` or ``"linear"``.
         decoder_depth: blocks of the mask transformer.
@@ -111,7 +111,7 @@ class Segmenter(nn.Module):
         decoder_dropout: dropout in it.
 
     Raises:
-        TypeError: ``encoder`` is no timm VisionTransformer.
+        TypeError: ``encoder`` is neither.
         ValueError: ``decoder`` is unknown, a number is out of range, or patches do not cover the images.
     """
 
@@ -119,7 +119,7 @@ class Segmenter(nn.Module):
 
     def __init__(
         self,
-        encoder: VisionTransformer,
+        encoder: PlainModel,
         num_classes: int,
         *,
         decoder: str = "mask_transformer",
@@ -129,7 +129,7 @@ class Segmenter(nn.Module):
         decoder_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if not isinstance(encoder, PMVisionTransformer):
+        if not isinstance(encoder, Compressed):
             check_vision_transformer(encoder)
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
@@ -173,8 +173,8 @@ class Segmenter(nn.Module):
 
     @property
     def norm_eps(self) -> float | None:
-        """Epsilon of the encoder's LayerNorms, where it has any."""
-        return next((module.eps for module in self.encoder.modules() if isinstance(module, nn.LayerNorm)), None)
+        """Epsilon of the encoder's LayerNorms, where they share one."""
+        return shared_norm_eps(self.encoder)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -202,7 +202,7 @@ class Segmenter(nn.Module):
         """
         size = tuple(images.shape[-2:])
         grid = tuple(self.encoder.patch_embed.grid_size)
-        if getattr(self.encoder, "dynamic_img_size", False) and not isinstance(self.encoder, PMVisionTransformer):
+        if getattr(self.encoder, "dynamic_img_size", False) and not isinstance(self.encoder, Compressed):
             grid = self.encoder.patch_embed.dynamic_feat_size(size)
         elif size != self.image_size:
             raise ValueError(
@@ -224,15 +224,24 @@ class Segmenter(nn.Module):
         """A copy with the same weights and a plain encoder."""
         return self._with_encoder(self.encoder.uncompressed())
 
-    def _with_encoder(self, encoder: VisionTransformer) -> "Segmenter":
+    def _with_encoder(self, encoder: PlainModel) -> "Segmenter":
         model = copy.copy(self)
         model._modules = {"encoder": encoder, "decoder": copy.deepcopy(self.decoder)}
         return model
 
 
+Model = PlainModel | Segmenter
+
+
 def encoder_of(model: nn.Module) -> nn.Module:
     """The Vision Transformer in a Segmenter; any other model is its own."""
     return model.encoder if isinstance(model, Segmenter) else model
+
+
+def shared_norm_eps(model: nn.Module) -> float | None:
+    """The epsilon that all LayerNorms of a model have; ``None`` where they differ, or there are none."""
+    found = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    return found.pop() if len(found) == 1 else None
 
 
 def set_norm_eps(model: nn.Module, eps: float | None) -> None:

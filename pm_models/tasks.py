@@ -9,7 +9,7 @@ import numpy as np
 import timm
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import eva, vision_transformer
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -34,7 +34,7 @@ from .segmentation import (
     predicted_classes,
 )
 from .segmentation import sample_images as sample_labelled_images
-from .segmenter import Segmenter
+from .segmenter import Model, Segmenter
 from .training import (
     Evaluator,
     SegmentationTask,
@@ -43,10 +43,8 @@ from .training import (
     evaluate,
     segmentation_loss,
 )
-from .vision_transformer import PMVisionTransformer, check_vision_transformer, compress
+from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
 from .visualize import save_segmentation_picture
-
-Model = VisionTransformer | Segmenter
 
 
 class Task(ABC):
@@ -111,7 +109,7 @@ class Task(ABC):
     ) -> None:
         """A picture of what the models predict, where predictions are pictures."""
 
-    def _named_model(self, **arguments: object) -> VisionTransformer:
+    def _named_model(self, **arguments: object) -> PlainModel:
         """The timm model that ``--model`` names, with the weights of ``--checkpoint``."""
         options = self.options
         arguments |= {"img_size": options.img_size, "in_chans": options.in_chans, **options.model_kwargs}
@@ -120,14 +118,15 @@ class Task(ABC):
             pretrained=options.pretrained,
             **{name: value for name, value in arguments.items() if value is not None},
         )
-        if not isinstance(model, PMVisionTransformer):
+        if not isinstance(model, Compressed):
             check_vision_transformer(model)
         if options.checkpoint is not None:
             weights = load_state_file(options.checkpoint)
             if not model.num_classes:
                 weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
+            renamed = (eva if isinstance(model, eva.Eva) else vision_transformer).checkpoint_filter_fn
             try:
-                model.load_state_dict(checkpoint_filter_fn(weights, model))
+                model.load_state_dict(renamed(weights, model))
             except (RuntimeError, KeyError, AttributeError) as error:
                 raise ValueError(
                     f"{options.checkpoint} does not hold the weights of {options.model}: {error}"
@@ -154,7 +153,7 @@ class Classification(Task):
     quality, quality_name = "top1", "top-1 accuracy"
     evaluator = staticmethod(evaluate)
 
-    def open(self, *splits: str) -> tuple[VisionTransformer, list[Dataset]]:
+    def open(self, *splits: str) -> tuple[PlainModel, list[Dataset]]:
         options = self.options
 
         def datasets(in_chans: int) -> list[Dataset]:
@@ -178,7 +177,7 @@ class Classification(Task):
             check_classes(dataset, model)
         return model, found
 
-    def training_loader(self, dataset: Dataset, model: VisionTransformer) -> DataLoader:
+    def training_loader(self, dataset: Dataset, model: PlainModel) -> DataLoader:
         options = self.options
         augmentation = {
             "no_aug": options.no_aug,
@@ -196,10 +195,10 @@ class Classification(Task):
         given = {name: value for name, value in augmentation.items() if value is not None}
         return make_loader(dataset, model, training=True, seed=options.seed, **self._loading() | given)
 
-    def evaluation_loader(self, dataset: Dataset, model: VisionTransformer, accelerator: Accelerator) -> DataLoader:
+    def evaluation_loader(self, dataset: Dataset, model: PlainModel, accelerator: Accelerator) -> DataLoader:
         return accelerator.prepare(make_loader(dataset, model, **self._loading()))
 
-    def scoring_loader(self, dataset: Dataset, model: VisionTransformer) -> DataLoader:
+    def scoring_loader(self, dataset: Dataset, model: PlainModel) -> DataLoader:
         return calibration_loader(
             dataset, model, batches=self.options.score_batches, seed=self.options.seed, **self._loading()
         )
@@ -207,10 +206,10 @@ class Classification(Task):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets)
 
-    def training(self, model: VisionTransformer) -> TrainingTask:
+    def training(self, model: PlainModel) -> TrainingTask:
         return classification_task(model, smoothing=self.options.smoothing)
 
-    def distillation(self, model: VisionTransformer, teacher: VisionTransformer) -> TrainingTask:
+    def distillation(self, model: PlainModel, teacher: PlainModel) -> TrainingTask:
         options = self.options
         return distillation_task(
             model,
@@ -220,7 +219,7 @@ class Classification(Task):
             smoothing=options.smoothing,
         )
 
-    def compress(self, model: VisionTransformer, plan: CompressionPlan, **options: object) -> PMVisionTransformer:
+    def compress(self, model: PlainModel, plan: CompressionPlan, **options: object) -> Compressed:
         return compress(model, plan, **options)
 
     def evaluated(self, result: Mapping) -> str:
@@ -229,7 +228,7 @@ class Classification(Task):
             f"{result['images']} images"
         )
 
-    def samples(self, dataset: Dataset, model: VisionTransformer, count: int) -> list[np.ndarray]:
+    def samples(self, dataset: Dataset, model: PlainModel, count: int) -> list[np.ndarray]:
         return list(sample_images(dataset, model, count, **self._preparing()))
 
     def _preparing(self) -> dict[str, object]:

@@ -1,22 +1,24 @@
 """A timm Vision Transformer whose blocks run on merged tokens, by the paper's word or folded."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import NoneType
 
 import torch
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pm_kernels import token_mix, transition
 
 from .attention import (
-    PMAttention,
     attends_apart,
     fusable_attentions,
+    fuse,
     fused_attentions,
     merges_inside,
     opening_norm,
@@ -30,13 +32,17 @@ from .attention import (
 from .folding import READOUTS, SHORTCUTS, TRAIN_MATRICES, Folded, Folding, Run, StageMatrices, Transition
 from .plan import CompressionPlan
 from .rewiring import Rewired
+from .rotary import RotaryPositions
+
+PlainModel = VisionTransformer | Eva  # the classes that can be compressed, their subclass for distillation too
+Versions = tuple[tuple[int, int], ...]
 
 EXECUTIONS = ("folded", "literal")
 MERGE_SITES = ("block", "attention")
 
 
-class PMVisionTransformer(VisionTransformer):
-    """A timm :class:`~timm.models.VisionTransformer` compressed by a plan; :func:`compress` makes one.
+class Compressed(nn.Module):
+    """What every compressed model has in common, whichever of timm's classes it is beside; :func:`compress` makes one.
 
     It takes over the given model's modules, whose parameter names stay timm's; the matrices are added under
     ``stages.<first block>.merge`` and ``.reconstruct``.
@@ -50,9 +56,11 @@ class PMVisionTransformer(VisionTransformer):
         shortcut: see :func:`compress`.
     """
 
+    plain_class: type[nn.Module]  # timm's, whose forwards run
+
     def __init__(
         self,
-        model: VisionTransformer,
+        model: PlainModel,
         plan: CompressionPlan,
         *,
         train_matrices: str | None = "support",
@@ -68,15 +76,18 @@ class PMVisionTransformer(VisionTransformer):
         self.merge_site = merge_site
         self.shortcut = shortcut
         self._execution = "folded"
-        self._folded: dict[tuple, tuple[tuple[tuple[int, int], ...], Folded]] = {}
+        self._folded: dict[tuple, tuple[Versions, Folded]] = {}
+        self._merged_tables: dict[tuple, tuple[Versions, list[Tensor]]] = {}
         for index, block in enumerate(self.blocks):
             sizes = plan.token_sizes(index) if size_bias and plan.stage_of(index) is not None else None
             for name, attention in fusable_attentions(block).items():
-                bias = None if sizes is None else sizes.log().to(attention.qkv.weight)
-                replace_module(block, name, PMAttention(attention, key_bias=bias))
+                replace_module(block, name, fuse(attention, key_bias=None if sizes is None else sizes.log()))
         self.stages = nn.ModuleDict(
             {str(stage.first): StageMatrices(plan, stage, train_matrices, shortcut) for stage in plan.stages}
         )
+        # Where blocks rotate queries and keys by their positions, merged tokens have positions of their own.
+        rotary = getattr(self, "rope", None) is not None
+        self._positions = RotaryPositions(self.rope, plan, getattr(self, "rope_mixed", False)) if rotary else None
         self._find_runs()
         self.stages.to(self.patch_embed.proj.weight)
         self.register_load_state_dict_post_hook(_refold_loaded)
@@ -95,6 +106,17 @@ class PMVisionTransformer(VisionTransformer):
         if value not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {value!r}")
         self._execution = value
+
+    @property
+    def compression(self) -> dict[str, object]:
+        """The arguments of :func:`compress` that made it, as JSON has them."""
+        return {
+            "plan": self.plan.to_dict(),
+            "train_matrices": self.train_matrices,
+            "size_bias": self.size_bias,
+            "merge_site": self.merge_site,
+            "shortcut": self.shortcut,
+        }
 
     def merge_matrices(self) -> list[Tensor]:
         """The merge matrix (C, N) of each compressed block, in order; blocks of one stage share theirs.
@@ -118,18 +140,20 @@ class PMVisionTransformer(VisionTransformer):
         like = self.patch_embed.proj.weight
         return self._fold(self._pooled_readout(), like.dtype, like.device).transitions
 
-    def uncompressed(self) -> VisionTransformer:
+    def uncompressed(self) -> PlainModel:
         """A plain timm model with a copy of the same weights, without the plan and its matrices."""
         model = copy.deepcopy(self)
-        plain_class = next(plain for plain, compressed in _COMPRESSED_CLASSES.items() if compressed is type(self))
-        plain = plain_class.__new__(plain_class)
+        plain = self.plain_class.__new__(self.plain_class)
         nn.Module.__init__(plain)
         plain.__dict__.update({name: value for name, value in vars(model).items() if name not in _OF_COMPRESSION})
-        for name in ("stages", "_foldings"):
-            del plain._modules[name]
+        for name in ("stages", "_foldings", "_positions"):
+            plain._modules.pop(name, None)
         for key, hook in list(plain._load_state_dict_post_hooks.items()):
             if hook is _refold_loaded:
                 del plain._load_state_dict_post_hooks[key]
+        # Where timm made it under a name of ours, it recorded the options of compression too.
+        recorded = getattr(plain, "_model_args", {})
+        plain._model_args = {name: value for name, value in recorded.items() if name not in _OF_COMPRESSION}
         for block in plain.blocks:
             for name, attention in fused_attentions(block).items():
                 replace_module(block, name, plain_attention(attention))
@@ -138,13 +162,12 @@ class PMVisionTransformer(VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, 3, H, W) to logits (B, classes)."""
         refuse_masks(attn_mask, is_causal)
-        tokens = VisionTransformer.forward_features(self._around(partial(self._run, self._pooled_readout())), x)
-        return self.forward_head(tokens)
+        return self.forward_head(self._features(self._pooled_readout(), x))
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, 3, H, W) to all N normalised tokens (B, N, D), pruned and merged ones included."""
         refuse_masks(attn_mask, is_causal)
-        return VisionTransformer.forward_features(self._around(partial(self._run, "all")), x)
+        return self._features("all", x)
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, *args: object, **kwargs: object
@@ -153,7 +176,7 @@ class PMVisionTransformer(VisionTransformer):
         refuse_masks(kwargs.pop("attn_mask", None), kwargs.pop("is_causal", False))
         taken, _ = feature_take_indices(len(self.blocks), indices)
         blocks = _CapturingBlocks(self, taken, len(self.blocks))
-        return VisionTransformer.forward_intermediates(self._around(blocks), x, indices, *args, **kwargs)
+        return self.plain_class.forward_intermediates(self._around(blocks), x, indices, *args, **kwargs)
 
     def prune_intermediate_layers(self, *args: object, **kwargs: object) -> list[int]:
         """timm's ``prune_intermediate_layers``; a stage that the cut goes through ends with the last block left."""
@@ -191,19 +214,26 @@ class PMVisionTransformer(VisionTransformer):
         groups = super().group_matcher(coarse)
         return groups | {"blocks": [*groups["blocks"], (r"^stages\.(\d+)", None)]}
 
-    def train(self, mode: bool = True) -> "PMVisionTransformer":
+    def train(self, mode: bool = True) -> "Compressed":
         super().train(mode)
         self._refold()
         return self
 
-    def _apply(self, *args: object, **kwargs: object) -> "PMVisionTransformer":
+    def _apply(self, *args: object, **kwargs: object) -> "Compressed":
         super()._apply(*args, **kwargs)
         self._refold()
         return self
 
-    def _around(self, blocks: "Callable[[Tensor], Tensor] | _CapturingBlocks") -> Rewired:
-        """The model as timm's forwards see it: they embed, call ``blocks``, and normalise; checkpointing is ours."""
-        return Rewired(self, blocks=blocks, grad_checkpointing=False)
+    def _features(self, readout: str, x: Tensor) -> Tensor:
+        """Images to the normalised rows of ``readout``, by timm's ``forward_features``."""
+        return self.plain_class.forward_features(self._around(_AllBlocks(self, readout)), x)
+
+    def _around(self, blocks: "_AllBlocks | _CapturingBlocks") -> Rewired:
+        """The model as timm's forwards see it: they embed, walk ``blocks``, and normalise; checkpointing is ours.
+
+        ``rope_mixed`` would hand each block its own part of the rotary table, but it is one call that runs them all.
+        """
+        return Rewired(self, blocks=blocks, grad_checkpointing=False, rope_mixed=False)
 
     def _find_runs(self) -> None:
         """What follows from the plan and the blocks: which runs there are, and how they fold for each readout."""
@@ -223,7 +253,7 @@ class PMVisionTransformer(VisionTransformer):
 
     def _pooled_readout(self) -> str:
         """The rows that the head reads."""
-        if self.attn_pool is not None or self.pool_include_prefix:
+        if self.attn_pool is not None or getattr(self, "pool_include_prefix", False):
             return "all"
         if self.global_pool == "token":
             return "prefix"
@@ -232,8 +262,10 @@ class PMVisionTransformer(VisionTransformer):
             return "patch_mean"
         return "all"
 
-    def _run(self, readout: str, x: Tensor, maps: dict[int, Tensor | None] | None = None) -> Tensor:
-        """Run the blocks on x (B, N, D) and return the rows of ``readout``.
+    def _run(
+        self, readout: str, x: Tensor, rope: Tensor | None = None, maps: dict[int, Tensor | None] | None = None
+    ) -> Tensor:
+        """Run the blocks on x (B, N, D), and a rotary table of the patches, and return the rows of ``readout``.
 
         With ``maps``, fill in the full map after each block that it has a key for, stop after the last of them, and
         return its map.
@@ -243,14 +275,15 @@ class PMVisionTransformer(VisionTransformer):
                 f"the images give {x.shape[1]} tokens, but the plan was made for a grid of {self.plan.grid} and "
                 f"{self.plan.num_prefix_tokens} prefix tokens: {self.plan.num_tokens} tokens"
             )
+        positions = self._block_positions(rope)
         if self._is_literal():
-            return self._run_literal(x, maps or {})
-        return self._run_folded(readout, x, maps or {})
+            return self._run_literal(x, positions, maps or {})
+        return self._run_folded(readout, x, positions, maps or {})
 
     def _is_literal(self) -> bool:
         return self._execution == "literal" or self.merge_site == "attention" or not self.stages
 
-    def _run_literal(self, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
+    def _run_literal(self, x: Tensor, positions: list[dict[str, Tensor]], maps: dict[int, Tensor | None]) -> Tensor:
         """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens.
 
         With ``shortcut="all"`` a token that shares a merged token has ``x - R M x`` added.
@@ -265,7 +298,8 @@ class PMVisionTransformer(VisionTransformer):
                 merged = token_mix(x, merge)
             for index in range(run.first, run.last + 1):
                 block = self.blocks[index]
-                y = self._block(partial(run_merging, block, merge=merge) if inside and index == run.first else block, y)
+                step = partial(run_merging, block, merge=merge) if inside and index == run.first else block
+                y = self._block(partial(step, **positions[index]), y)
                 if index in maps or index == run.last:
                     full = y if stage is None else stage.full_map(y, merged, x)
                     if index in maps:
@@ -275,7 +309,9 @@ class PMVisionTransformer(VisionTransformer):
             x = full
         return x
 
-    def _run_folded(self, readout: str, x: Tensor, maps: dict[int, Tensor | None]) -> Tensor:
+    def _run_folded(
+        self, readout: str, x: Tensor, positions: list[dict[str, Tensor]], maps: dict[int, Tensor | None]
+    ) -> Tensor:
         """The same through folded transitions: between stages there is only the state, see :mod:`.folding`.
 
         The state is in three tensors: the next transition mixes ``[x + update; carried]``.
@@ -299,6 +335,7 @@ class PMVisionTransformer(VisionTransformer):
                     rows=self.num_prefix_tokens if reads_prefix and block == len(blocks) - 1 else None,
                     # A step that is computed again keeps its inputs, of which one is less than two.
                     apart=block == run.last and block not in maps and not recomputed and runs_rewired(blocks[block]),
+                    positions=positions[block],
                 )
                 x, update, carried = checkpoint(step, x, update, carried) if recomputed else step(x, update, carried)
                 if block in maps:
@@ -324,13 +361,41 @@ class PMVisionTransformer(VisionTransformer):
         computed: int,
         rows: int | None,
         apart: bool,
+        positions: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """A block, and the transition before it where there is one, from state to state."""
         normed = None
         if matrix is not None:
             norm = opening_norm(block)
             x, carried, normed = transition(x, carried, matrix, computed, update=update, norm=norm)
-        return *run_block(block, x, normed=normed, rows=rows, apart=apart), carried
+        return *run_block(block, x, normed=normed, rows=rows, apart=apart, **positions), carried
+
+    def _block_positions(self, table: Tensor | None) -> list[dict[str, Tensor]]:
+        """What each block takes beside its tokens: their rotary table, (tokens, 2 * d) or (H, tokens, 2 * d)."""
+        if table is None:
+            return [{} for _ in self.blocks]
+        return [{"rope": part} for part in self._merged_table(table)]
+
+    def _merged_table(self, table: Tensor) -> list[Tensor]:
+        """A rotary table of the patches, by its merged tokens for each block.
+
+        It is made anew where it trains or is changed at random. Elsewhere it is kept as folded matrices are.
+        """
+        augmented = self.training and getattr(self.rope, "aug_active", False)
+        if augmented or (torch.is_grad_enabled() and any(part.requires_grad for part in self.rope.parameters())):
+            return self._merge_table(table)
+        kept = self._merged_tables.get((table.dtype, table.device))
+        if torch.compiler.is_compiling():
+            return self._merge_table(table) if kept is None else kept[1]
+        versions = _versions((*self.rope.parameters(), *self.rope.buffers()))
+        if kept is None or kept[0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = versions, self._merge_table(table.clone())
+            self._merged_tables[table.dtype, table.device] = kept
+        return kept[1]
+
+    def _merge_table(self, table: Tensor) -> list[Tensor]:
+        return self._positions(table, [(run.first, run.last, run.matrices is not None) for run in self._runs])
 
     def _block(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -348,7 +413,7 @@ class PMVisionTransformer(VisionTransformer):
         kept = self._folded.get((readout, dtype, device))
         if torch.compiler.is_compiling():
             return self._foldings[readout]().to(dtype) if kept is None else kept[1]
-        versions = self._versions()
+        versions = self._matrix_versions()
         if kept is None or kept[0] != versions:
             with torch.inference_mode(False), torch.no_grad():
                 kept = versions, self._foldings[readout]().to(dtype).structured()
@@ -365,14 +430,11 @@ class PMVisionTransformer(VisionTransformer):
             for readout in self._foldings:
                 like = self.patch_embed.proj.weight
                 folded = self._fold(readout, like.dtype, like.device)
-                self._folded[readout, like.dtype, like.device] = self._versions(), folded.dense()
+                self._folded[readout, like.dtype, like.device] = self._matrix_versions(), folded.dense()
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Changes with every change of a matrix, in place or by another tensor in its place."""
-        return tuple(
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for matrices in self.stages.values()
-            for tensor in (matrices.merge, matrices.reconstruct)
+    def _matrix_versions(self) -> Versions:
+        return _versions(
+            tensor for matrices in self.stages.values() for tensor in (matrices.merge, matrices.reconstruct)
         )
 
     def _refold(self) -> None:
@@ -381,25 +443,63 @@ class PMVisionTransformer(VisionTransformer):
         Matrices of which this process has only a share (FSDP) are whole during a forward alone.
         """
         self._folded.clear()
+        self._merged_tables.clear()
         whole = all(type(parameter) is nn.Parameter for parameter in self.stages.parameters())
         if self.stages and whole and not self.training:
             like = self.patch_embed.proj.weight
             with torch.no_grad():
                 self._fold(self._pooled_readout(), like.dtype, like.device)
+                if self._positions is not None:
+                    self._merged_table(self.rope.get_embed(shape=list(self.plan.grid)))
 
 
 # The attributes that a compressed model has beside a plain one's, its modules and hook aside.
-_OF_COMPRESSION = {"plan", "train_matrices", "size_bias", "merge_site", "shortcut", "_execution", "_folded", "_runs"}
+_OF_COMPRESSION = {
+    "plan", "train_matrices", "size_bias", "merge_site", "shortcut", "_execution", "_folded", "_merged_tables",
+    "_positions", "_runs",
+    "forward", "_original_forward",  # where accelerate wrapped it, it is the compressed model's
+}  # fmt: skip
+
+
+class PMVisionTransformer(Compressed, VisionTransformer):
+    """A timm :class:`~timm.models.VisionTransformer` compressed by a plan; :func:`compress` makes one."""
+
+    plain_class = VisionTransformer
 
 
 class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistilled):
     """The same on timm's :class:`~timm.models.deit.VisionTransformerDistilled`: two prefix tokens, two heads."""
 
+    plain_class = VisionTransformerDistilled
+
+
+class PMEva(Compressed, Eva):
+    """The same on timm's :class:`~timm.models.eva.Eva`: EVA-02, DINOv3 and others, with rotary positions or without.
+
+    A merged token stands at the mean of its patches' positions, by the weights of the plan's merge matrix.
+    """
+
+    plain_class = Eva
+
+
+class _AllBlocks:
+    """Blocks as ``forward_features`` runs them: a VisionTransformer calls them, an Eva walks them and meets one."""
+
+    def __init__(self, model: Compressed, readout: str) -> None:
+        self._model = model
+        self._readout = readout
+
+    def __call__(self, x: Tensor, rope: Tensor | None = None, **_: object) -> Tensor:
+        return self._model._run(self._readout, x, rope)
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        yield self
+
 
 class _CapturingBlocks:
     """Blocks as ``forward_intermediates`` walks them: the first call runs the model, each hands out its full map."""
 
-    def __init__(self, model: PMVisionTransformer, taken: list[int], depth: int) -> None:
+    def __init__(self, model: Compressed, taken: list[int], depth: int) -> None:
         self._model = model
         self._taken = taken
         self._depth = depth
@@ -413,34 +513,33 @@ class _CapturingBlocks:
     def __iter__(self) -> Iterator[Callable[[Tensor], Tensor | None]]:
         maps: dict[int, Tensor | None] = dict.fromkeys((*self._taken, self._depth - 1))
 
-        def first(x: Tensor) -> Tensor | None:
-            self._model._run("all", x, maps)
+        def first(x: Tensor, rope: Tensor | None = None, **_: object) -> Tensor | None:
+            self._model._run("all", x, rope, maps)
             return maps.get(0)
 
         yield first
         for index in range(1, self._depth):
-            yield lambda _, index=index: maps.get(index)
+            yield lambda *_, index=index, **__: maps.get(index)
 
 
-_COMPRESSED_CLASSES: dict[type[VisionTransformer], type[PMVisionTransformer]] = {
-    VisionTransformer: PMVisionTransformer,
-    VisionTransformerDistilled: PMVisionTransformerDistilled,
+_COMPRESSED_CLASSES: dict[type[PlainModel], type[Compressed]] = {
+    compressed.plain_class: compressed for compressed in (PMVisionTransformer, PMVisionTransformerDistilled, PMEva)
 }
 
 
 def compress(
-    model: VisionTransformer,
+    model: PlainModel,
     plan: CompressionPlan,
     *,
     train_matrices: str | None = "support",
     size_bias: bool = False,
     merge_site: str = "block",
     shortcut: str = "pruned",
-) -> PMVisionTransformer:
+) -> Compressed:
     """Compress a timm Vision Transformer by a plan (arXiv 2503.23455, section 3).
 
     Args:
-        model: a timm VisionTransformer (or VisionTransformerDistilled); it is left as it was.
+        model: a timm VisionTransformer, VisionTransformerDistilled or Eva; it is left as it was.
         plan: made for the model's grid, depth and prefix tokens.
         train_matrices: which entries of the merge and reconstruct matrices train: ``"support"``, the plan's nonzeros;
             ``"dense"``, all; ``None``, none.
@@ -454,10 +553,11 @@ def compress(
             carried from block to block.
 
     Returns:
-        A new model, a timm VisionTransformer in every way, on the same device, in the same dtype and mode.
+        A new model, of the given one's class in every way, on the same device, in the same dtype and mode: a
+        :class:`PMVisionTransformer`, or a :class:`PMEva`.
 
     Raises:
-        TypeError: the model is no timm VisionTransformer.
+        TypeError: the model is of another class.
         ValueError: the model has a part that cannot be compressed, or the plan was made for another model.
     """
     if train_matrices not in TRAIN_MATRICES:
@@ -491,18 +591,18 @@ def check_vision_transformer(model: nn.Module) -> None:
     Raises:
         TypeError: the model is of another class.
     """
-    if isinstance(model, PMVisionTransformer):
+    if isinstance(model, Compressed):
         raise TypeError("model is compressed already; start from the plain one, model.uncompressed()")
     if type(model) not in _COMPRESSED_CLASSES:
         raise TypeError(
-            "model must be a timm VisionTransformer or VisionTransformerDistilled, whose blocks treat tokens as a "
-            f"set once positions are added, got {type(model).__name__}"
+            "model must be a timm VisionTransformer, VisionTransformerDistilled or Eva, whose blocks treat tokens as a "
+            f"set with positions, got {type(model).__name__}"
         )
 
 
-def _check_model(model: VisionTransformer, size_bias: bool) -> None:
+def _check_model(model: PlainModel, size_bias: bool) -> None:
     check_vision_transformer(model)
-    if not isinstance(model.patch_drop, nn.Identity):
+    if not isinstance(model.patch_drop, (nn.Identity, NoneType)):
         raise ValueError(
             "model drops patches at random (patch_drop_rate), but a plan needs every patch in its place; "
             "create it with patch_drop_rate=0"
@@ -521,7 +621,7 @@ def _check_model(model: VisionTransformer, size_bias: bool) -> None:
                 )
 
 
-def _check_plan(model: VisionTransformer, plan: CompressionPlan) -> None:
+def _check_plan(model: PlainModel, plan: CompressionPlan) -> None:
     if not isinstance(plan, CompressionPlan):
         raise TypeError(f"plan must be a CompressionPlan, got {type(plan).__name__}")
     for name, planned, actual in (
@@ -548,5 +648,10 @@ def _runs(stages: nn.ModuleDict, plan: CompressionPlan, depth: int) -> Iterator[
         block = last + 1
 
 
-def _refold_loaded(model: PMVisionTransformer, _: object) -> None:
+def _refold_loaded(model: Compressed, _: object) -> None:
     model._refold()
+
+
+def _versions(tensors: Iterable[Tensor]) -> Versions:
+    """Changes with every change of a tensor, in place or by another one in its place."""
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)

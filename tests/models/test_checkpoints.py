@@ -7,6 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
+import yaml
 from helpers import images_for, plan_for, small_vit
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -20,8 +21,9 @@ from pm_models import (
     save_pretrained,
 )
 from pm_models.checkpoints import load_state_file
+from pm_models.measure import count_gmacs
 
-FILES = {"config.json", "model.safetensors"}
+FILES = {"README.md", "config.json", "model.safetensors"}
 
 
 def compressed_vit(train_matrices="support", size_bias=False, **arguments):
@@ -93,6 +95,43 @@ def test_saving_again_replaces(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
 
 
+def test_timm_makes_what_was_saved(tmp_path):
+    for model in (compressed_vit(), compress(small_vit("vit_small_patch16_dinov3"), plan_for(small_vit(reg_tokens=4)))):
+        save_pretrained(model, tmp_path / "model")
+        made = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+        assert type(made) is type(model)
+        assert made.plan == model.plan
+        images = images_for(model)
+        assert torch.equal(made(images), model(images))
+        save_pretrained(made.uncompressed(), tmp_path / "plain")
+        plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+        assert type(plain) is model.plain_class
+        assert torch.equal(plain(images), model.uncompressed()(images))
+
+
+def test_the_card_tells_what_the_model_is(tmp_path):
+    model = compressed_vit()
+    rows = {"dense": {"top1": 81.25, "gmacs": 2.0, "images_per_second": 10.0, "tokens": [36] * 5}}
+    save_pretrained(model, tmp_path, results=rows)
+    card = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["pipeline_tag"] == "image-classification"
+    assert "prune-and-merge" in head["tags"]
+    stages = model.plan.stages
+    kept = sum(stage.merged_patches for stage in stages) / len(stages) / 35
+    assert f"{kept:.1%} kept" in card
+    size = (3, 28, 20)
+    assert f"| GMACs per image | {count_gmacs(model, size):.4g} |" in card
+    assert f"| GMACs before compression | {count_gmacs(model.uncompressed(), size):.4g} |" in card
+    assert f"| Tokens per block | {' '.join(map(str, model.plan.tokens))} |" in card
+    assert "81.25%" in card
+    save_pretrained(model.uncompressed(), tmp_path)
+    assert "prune-and-merge" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("My notes.")
+    save_pretrained(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "My notes."
+
+
 def test_what_cannot_be_rebuilt_is_not_saved(tmp_path):
     model = small_vit()
     model.blocks[1].attn.scale = 1.0
@@ -144,7 +183,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("missing", sorted(FILES))
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_missing_files(tmp_path, missing):
     save_pretrained(compressed_vit(), tmp_path)
     (tmp_path / missing).unlink()
@@ -178,10 +217,10 @@ def test_weights_of_another_model(tmp_path):
     [
         lambda config: config.update(architecture="no_such_model"),
         lambda config: config.pop("architecture"),
-        lambda config: config["compression"]["plan"].update(version=7),
-        lambda config: config["compression"]["plan"].update(depth=9),
-        lambda config: config["compression"].pop("size_bias"),
-        lambda config: config["compression"].update(train_matrices="all"),
+        lambda config: config["model_args"]["plan"].update(version=7),
+        lambda config: config["model_args"]["plan"].update(depth=9),
+        lambda config: config["model_args"].pop("plan"),
+        lambda config: config["model_args"].update(train_matrices="all"),
         lambda config: config["model_args"].update(embed_dim="wide"),
         lambda config: config["model_args"].update(no_such_argument=1),
     ],
@@ -308,4 +347,4 @@ def test_plan_of_a_saved_model_is_plain_json(tmp_path):
     model = compressed_vit()
     save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert CompressionPlan.from_dict(config["compression"]["plan"]) == model.plan
+    assert CompressionPlan.from_dict(config["model_args"]["plan"]) == model.plan

@@ -194,7 +194,7 @@ def test_errors():
         score_tokens(model, [], batches=1)
     with pytest.raises(ValueError, match="batches must be at least 1, got 0"):
         score_tokens(model, [], batches=0)
-    with pytest.raises(TypeError, match="must be a timm VisionTransformer .*, got ResNet"):
+    with pytest.raises(TypeError, match="must be a timm VisionTransformer, .* or Eva, .* got ResNet"):
         score_tokens(timm.create_model("resnet10t"), [], batches=1)
     fused_mlp = small_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock)
     with pytest.raises(ValueError, match="block 0 is a ParallelScalingBlock without timm's Attention"):

@@ -600,7 +600,7 @@ class _Subclass(VisionTransformer):
     ("make", "error", "message"),
     [
         (lambda: timm.create_model("resnet10t"), TypeError, "got ResNet"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), TypeError, "got Eva"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48), TypeError, "got Beit"),
         (
             lambda: _Subclass(img_size=(28, 20), patch_size=4, embed_dim=32, depth=5, num_heads=2),
             TypeError,
