@@ -24,7 +24,7 @@ from pm_models.vision_transformer import check_vision_transformer
 MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "32"]
 SHAPE = ["--model-kwargs", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2"]
 COMMON = ["-j", "0", "-b", "4", "--device", "cpu"]
-MODEL_FILES = {"config.json", "model.safetensors"}
+MODEL_FILES = {"README.md", "config.json", "model.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +485,7 @@ MISTAKES = {
         [*EVAL, *MODEL, *SHAPE, "--checkpoint", "{tmp}/foreign.pth"],
         "foreign.pth does not hold the weights of vit_tiny_patch16_224",
     ),
-    "not a ViT": ([*COMPRESS, "--model", "resnet10t"], "must be a timm VisionTransformer .*got ResNet"),
+    "not a ViT": ([*COMPRESS, "--model", "resnet10t"], "must be a timm VisionTransformer.*got ResNet"),
     "rates": ([*COMPRESS, "--model", "{dense}", "--keep-rate", "0.95"], r"keep_rate \+ prune_rate must be at most 1"),
     "stages": ([*COMPRESS, "--model", "{dense}", "--stages", "0,7"], "stages must be"),
     "too few classes": (

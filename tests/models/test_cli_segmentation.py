@@ -68,7 +68,7 @@ def test_train(data, dense):
     model = load_pretrained(dense)
     assert isinstance(model, Segmenter)
     assert (model.num_classes, model.image_size, model.options["decoder"]) == (3, (32, 32), "mask_transformer")
-    names = {"config.json", "model.safetensors", "training.json", "summary.csv", "predictions.png"}
+    names = {"README.md", "config.json", "model.safetensors", "training.json", "summary.csv", "predictions.png"}
     assert {path.name for path in dense.iterdir()} == names
     rows = list(csv.DictReader((dense / "summary.csv").open()))
     assert float(rows[-1]["eval_miou"]) > float(rows[0]["eval_miou"])
