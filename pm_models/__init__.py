@@ -7,6 +7,7 @@ from .plan import CompressionPlan, StagePlan
 from .registry import register_models
 from .scoring import score_tokens
 from .segmenter import Segmenter
+from .serving import warmup
 from .vision_transformer import PMEva, PMVisionTransformer, compress
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "save_pretrained",
     "score_tokens",
     "to_timm",
+    "warmup",
 ]
 
 register_models()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
-from . import commands
+from . import commands, tools
 from .config import apply_config, find_task, shipped_configs
 from .export import FORMATS
 from .folding import SHORTCUTS
@@ -165,7 +165,38 @@ def _parser(task: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     export.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="of pt2 and aoti; auto: a GPU if there is one"
     )
-    export.set_defaults(run=commands.export)
+    export.set_defaults(run=tools.export)
+
+    show = found.add_parser(
+        "show",
+        usage="pm-vit show PLAN [IMAGE ...] [options]",
+        help="a picture of what each block keeps, merges and prunes",
+        description="Print a plan, and draw for each block which patches it keeps, merges (outlined) and prunes, over "
+        "images where some are given.",
+    )
+    show.add_argument("plan", type=Path, metavar="PLAN", help="plan.json, or a folder saved by pm-vit")
+    show.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="drawn under the patches, a picture each")
+    show.add_argument(
+        "--output", type=Path, default=Path("plan.png"), help="picture to write, numbered where several (%(default)s)"
+    )
+    show.set_defaults(run=tools.show)
+
+    bench = found.add_parser(
+        "bench",
+        usage="pm-vit bench MODEL [options]",
+        help="tokens against latency on this device",
+        description="Time a model on ever fewer tokens in every block, print and draw how much faster it is, and a "
+        "compressed model's own speed beside it.",
+    )
+    bench.add_argument("model", metavar="MODEL", help="a timm Vision Transformer's name, or a folder saved by pm-vit")
+    bench.add_argument("-b", "--batch-size", type=_positive, nargs="+", default=[1, 8], help="images (%(default)s)")
+    bench.add_argument("--output", type=Path, default=Path("latency.png"), help="picture to write (%(default)s)")
+    bench.add_argument("--results-file", type=Path, help="write the times as JSON")
+    bench.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 mixed precision")
+    bench.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if there is one (%(default)s)"
+    )
+    bench.set_defaults(run=tools.bench)
     return parser, {"train": train, "compress": compress, "finetune": finetune, "eval": evaluate}
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,14 +20,13 @@ from tqdm import tqdm
 from .budget import fit_gmacs, fit_speedup
 from .checkpoints import CONFIG_NAME, load_pretrained, save_pretrained
 from .data import input_size
-from .export import export_model
 from .files import write_atomically
-from .measure import alternate, count_gmacs, throughput
+from .measure import count_gmacs, throughput
 from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
 from .segmenter import Segmenter, encoder_of
-from .tasks import DEFAULT_TASK, TASKS, Model, Task, load_model
+from .tasks import DEFAULT_TASK, TASKS, Model, Task
 from .training import Recipe, fit, make_accelerator
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer
 from .visualize import save_accuracy_picture, save_plan_picture
@@ -112,31 +110,6 @@ def evaluate_model(options: argparse.Namespace) -> None:
     )
     if options.results_file is not None:
         write_atomically(options.results_file, json.dumps(result, indent=2).encode())
-
-
-def export(options: argparse.Namespace) -> None:
-    if options.output.exists():
-        raise FileExistsError(f"{options.output} is there already; choose another --output, or delete it")
-    model = load_model(options.model)
-    on_cpu = options.format == "onnx" or options.device == "cpu" or not torch.cuda.is_available()
-    device = torch.device("cpu" if on_cpu else "cuda")
-    model.to(device)
-    files = {"exported": export_model(model, options.output, options.format)}
-    like = next(model.parameters())
-    dtype = torch.float32 if options.format == "onnx" else like.dtype
-    images = torch.randn(options.batch_size, *input_size(model), device=device, dtype=dtype)
-    print(f"{options.output}: logits within {files['exported'].max_error:.2g} of the model's greatest")
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        if _is_compressed(model):
-            print("exporting the uncompressed model too, to compare the speed")
-            with torch.inference_mode(False):
-                files["dense"] = export_model(model.uncompressed().to(device), Path(folder) / "dense", options.format)
-        calls = {name: partial(file.run, images) for name, file in files.items()}
-        seconds = {name: statistics.median(times) for name, times in alternate(calls, 5, not on_cpu).items()}
-    speed = f"{len(images) / seconds['exported']:.0f} images/s at batch {len(images)} on {device.type}"
-    if "dense" in seconds:
-        speed += f", {seconds['dense'] / seconds['exported']:.2f} times as fast as the uncompressed model's file"
-    print(speed)
 
 
 def _compress_into(

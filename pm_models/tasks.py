@@ -1,6 +1,7 @@
 """What the commands do differently for each ``--task``: images of one class each, or with a class for every pixel."""
 
 import argparse
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,11 +136,8 @@ class Task(ABC):
 
     def _check_name(self) -> None:
         """Refuse a ``--model`` that is neither a folder nor a name."""
-        name = self.options.model
-        if not timm.is_model(name):
-            similar = timm.list_models(f"*{name}*")[:3]
-            hint = f"; did you mean {', '.join(similar)}?" if similar else ""
-            raise ValueError(f"--model {name} is neither a saved folder nor a timm model{hint}")
+        if not timm.is_model(self.options.model):
+            raise unknown_model(self.options.model, "--model")
 
     def _normalisation(self) -> dict[str, tuple[float, ...]]:
         """The mean and standard deviation, where they were given."""
@@ -353,6 +351,13 @@ class Segmentation(Task):
 
 DEFAULT_TASK = "classification"
 TASKS = {DEFAULT_TASK: Classification, "segmentation": Segmentation}
+
+
+def unknown_model(name: str, option: str) -> ValueError:
+    """The error of a name that is neither a folder nor one of timm's, with names like it."""
+    similar = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(name, timm.list_models(), 3)
+    hint = f"; did you mean {', '.join(similar)}?" if similar else ""
+    return ValueError(f"{option} {name} is neither a saved folder nor a timm model{hint}")
 
 
 def load_model(folder: str | Path) -> Model:

@@ -73,6 +73,32 @@ def save_accuracy_picture(
         figure.savefig(temporary, format="png", dpi=150)
 
 
+def save_latency_picture(
+    lines: Mapping[int, tuple[Sequence[int], Sequence[float]]],
+    path: str | os.PathLike,
+    measured: Mapping[int, tuple[float, float]],
+) -> None:
+    """Write a PNG of speed against tokens in every block, a line for each batch size.
+
+    Args:
+        lines: by batch size, numbers of tokens and how many times as fast as all tokens each is.
+        path: of the file.
+        measured: by batch size, a compressed model's mean number of tokens and its speed; may be empty.
+    """
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for index, (batch, (tokens, speeds)) in enumerate(lines.items()):
+        axes.plot(tokens, speeds, "o-", color=f"C{index}", markersize=3, label=f"batch {batch}")
+        if batch in measured:
+            axes.plot(*measured[batch], "*", color=f"C{index}", markersize=12, label=f"the compressed model, {batch}")
+    axes.set_xlabel("tokens in every block")
+    axes.set_ylabel("times as fast as all tokens")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
 def segmentation_figure(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     """Draw a row for each image: the image, and a column of classes for each of ``maps``.
 

@@ -1,0 +1,54 @@
+"""Models as they are served: compiled once for every batch that will come, before the first request."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .data import input_size
+from .segmenter import Model
+
+
+def warmup(
+    model: Model, batch_sizes: Sequence[int] = (1, 8), *, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Compile a model for inference and run it at the given batch sizes, so that no request waits for a compiler.
+
+    One graph serves a batch of 1, another all larger ones: a batch size that was not named is not compiled for either.
+    On a GPU every named batch size is replayed as a CUDA graph; another records one when it first comes.
+
+    Args:
+        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, compressed or not, on its device; it is put
+            into evaluation mode.
+        batch_sizes: numbers of images that will come.
+        dtype: of mixed precision (autocast), such as ``torch.bfloat16``; ``None``: the model's own.
+
+    Returns:
+        Images (B, C, H, W) to logits, without gradients.
+
+    Raises:
+        ValueError: a batch size is below 1, or there is none.
+    """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes must be at least one number, each at least 1, got {list(batch_sizes)}")
+    model.eval()
+    like = next(model.parameters())
+    on_gpu = like.device.type == "cuda"
+    single = torch.compile(model, dynamic=False, mode="reduce-overhead" if on_gpu else "default")
+    several = torch.compile(model, dynamic=True, mode="reduce-overhead" if on_gpu else "default")
+
+    def serve(images: Tensor) -> Tensor:
+        compiled = single if images.shape[0] == 1 else several
+        with torch.inference_mode(), torch.autocast(like.device.type, dtype, enabled=dtype is not None):
+            logits = compiled(images)
+        return logits.clone() if on_gpu else logits  # the next replay writes over it
+
+    for count in sorted(set(batch_sizes)):
+        images = torch.zeros(count, *input_size(model), dtype=like.dtype, device=like.device)
+        if count > 1:
+            torch._dynamo.mark_dynamic(images, 0)
+            for side in (1, 2, 3):
+                torch._dynamo.mark_static(images, side)
+        for _ in range(3 if on_gpu else 1):  # compile, record, replay
+            serve(images)
+    return serve

@@ -1,0 +1,158 @@
+"""The commands that need no data set: what ``pm-vit export``, ``show`` and ``bench`` do with parsed options."""
+
+import argparse
+import json
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .budget import LatencyTable, measure_latency
+from .checkpoints import CONFIG_NAME
+from .data import input_size
+from .export import export_model
+from .files import write_atomically
+from .measure import alternate, throughput
+from .plan import CompressionPlan
+from .report import format_table
+from .segmenter import Model, encoder_of
+from .tasks import load_model, unknown_model
+from .vision_transformer import Compressed, check_vision_transformer
+from .visualize import save_latency_picture, save_plan_picture
+
+_PIXELS = 448  # of the longer side of a picture under a plan
+
+
+def export(options: argparse.Namespace) -> None:
+    _check_new(options.output)
+    model = load_model(options.model)
+    on_cpu = options.format == "onnx" or options.device == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu" if on_cpu else "cuda")
+    model.to(device)
+    files = {"exported": export_model(model, options.output, options.format)}
+    like = next(model.parameters())
+    dtype = torch.float32 if options.format == "onnx" else like.dtype
+    images = torch.randn(options.batch_size, *input_size(model), device=device, dtype=dtype)
+    print(f"{options.output}: logits within {files['exported'].max_error:.2g} of the model's greatest")
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        if isinstance(encoder_of(model), Compressed):
+            print("exporting the uncompressed model too, to compare the speed")
+            with torch.inference_mode(False):
+                files["dense"] = export_model(model.uncompressed().to(device), Path(folder) / "dense", options.format)
+        calls = {name: partial(file.run, images) for name, file in files.items()}
+        seconds = {name: statistics.median(times) for name, times in alternate(calls, 5, not on_cpu).items()}
+    speed = f"{len(images) / seconds['exported']:.0f} images/s at batch {len(images)} on {device.type}"
+    if "dense" in seconds:
+        speed += f", {seconds['dense'] / seconds['exported']:.2f} times as fast as the uncompressed model's file"
+    print(speed)
+
+
+def show(options: argparse.Namespace) -> None:
+    plan = _plan_of(options.plan)
+    count = len(options.images)
+    outputs = [options.output]
+    if count > 1:
+        outputs = [options.output.with_stem(f"{options.output.stem}-{index + 1}") for index in range(count)]
+    pictures = [_under_plan(path, plan) for path in options.images] or [None]
+    print(plan)
+    for output, picture in zip(outputs, pictures, strict=True):
+        save_plan_picture(plan, output, picture)
+        print(f"picture: {output}")
+
+
+def bench(options: argparse.Namespace) -> None:
+    model = _model_to_time(options.model).eval()
+    encoder = encoder_of(model)
+    plain = model.uncompressed() if isinstance(encoder, Compressed) else model
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    for part in {model, plain}:
+        part.to(device)
+    dtype = torch.bfloat16 if options.amp else None
+    tables: dict[int, LatencyTable] = {}
+    measured: dict[int, float] = {}
+    for batch in options.batch_size:
+        images = torch.randn(batch, *input_size(model), device=device)
+        with torch.autocast(device.type, dtype, enabled=options.amp):
+            tables[batch] = measure_latency(plain, images)
+            if plain is not model:
+                speed = throughput({"plain": plain, "compressed": model}, images)
+                measured[batch] = speed["compressed"] / speed["plain"]
+        print(_latency_report(batch, tables[batch], device.type, measured.get(batch)))
+    save_latency_picture(
+        {batch: (table.tokens, _speeds(table)) for batch, table in tables.items()},
+        options.output,
+        {batch: (sum(encoder.plan.tokens) / encoder.plan.depth, speed) for batch, speed in measured.items()},
+    )
+    print(f"picture: {options.output}")
+    if options.results_file is not None:
+        results = {
+            "model": str(options.model),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "batches": {
+                batch: table._asdict() | {"compressed": measured.get(batch)} for batch, table in tables.items()
+            },
+        }
+        write_atomically(options.results_file, json.dumps(results, indent=2).encode())
+
+
+def _speeds(table: LatencyTable) -> list[float]:
+    """Of each number of tokens in every block, in times that of all tokens."""
+    return [(table.rest + table.seconds[-1]) / (table.rest + seconds) for seconds in table.seconds]
+
+
+def _latency_report(batch: int, table: LatencyTable, device: str, compressed: float | None) -> str:
+    rows = [("tokens", "ms", "images/s", "speed")]
+    for tokens, seconds, speed in zip(table.tokens, table.seconds, _speeds(table), strict=True):
+        whole = table.rest + seconds
+        rows.append((str(tokens), f"{1e3 * whole:.3g}", f"{batch / whole:.0f}", f"{speed:.2f}x"))
+    text = f"batch {batch} on {device}, tokens in every block:\n{format_table(rows)}"
+    return text if compressed is None else f"{text}\nthe compressed model: {compressed:.2f}x"
+
+
+def _plan_of(path: Path) -> CompressionPlan:
+    """The plan of a file, or of the model in a folder."""
+    if path.is_dir():
+        if (path / "plan.json").is_file():
+            path = path / "plan.json"
+        elif (path / CONFIG_NAME).is_file():
+            encoder = encoder_of(load_model(path))
+            if not isinstance(encoder, Compressed):
+                raise ValueError(f"{path} holds an uncompressed model, which has no plan")
+            return encoder.plan
+        else:
+            raise FileNotFoundError(f"{path} holds neither a plan.json nor a model")
+    return CompressionPlan.load(path)
+
+
+def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:
+    """The middle of an image in the shape of the plan's grid, (height, width, 3) from 0 to 1."""
+    height, width = plan.grid
+    scale = _PIXELS / max(height, width)
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(
+                ImageOps.exif_transpose(image).convert("RGB"), (round(scale * width), round(scale * height))
+            )
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no image that can be read") from error
+    return np.asarray(fitted) / 255
+
+
+def _model_to_time(name: str) -> Model:
+    if Path(name).is_dir():
+        return load_model(name)
+    if not timm.is_model(name):
+        raise unknown_model(name, "MODEL")
+    model = timm.create_model(name)
+    check_vision_transformer(model)
+    return model
+
+
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; choose another --output, or delete it")
