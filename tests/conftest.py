@@ -13,6 +13,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # for bench, which is not insta
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a process for each core already
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

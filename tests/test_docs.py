@@ -1,0 +1,135 @@
+"""Every code block of the guides runs: Python as it stands, commands on images made here."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import pm_kernels
+import pm_models
+from pm_models.cli import main
+
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDES = sorted(path.name for path in DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# What a guide's commands are given beside what stands there, so that they end in seconds.
+SMALL = ["-j", "0", "-b", "2", "--device", "cpu"]
+SHAPE = ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=2"]
+BRIEF = {
+    "train": [*SMALL, *SHAPE, "--epochs", "1", "--warmup-epochs", "0"],
+    "finetune": [*SMALL, "--epochs", "1", "--score-batches", "1"],
+    "eval": SMALL,
+    "export": ["--device", "cpu", "-b", "2"],
+    "bench": ["--device", "cpu"],
+    "show": [],
+}
+ONLY_WITH_GPUS = ("torchrun",)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder to be in, with images of two classes, and with label maps, in ``DATA``; nothing is downloaded."""
+    random = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for name in ("cat", "dog"):
+            for index in range(3):
+                save(tmp_path / "DATA" / split / name / f"{index}.png", random.integers(0, 255, (40, 50, 3)))
+        for index in range(2):
+            save(tmp_path / "DATA" / "images" / split / f"{index}.png", random.integers(0, 255, (64, 70, 3)))
+            save(tmp_path / "DATA" / "labels" / split / f"{index}.png", random.integers(0, 11, (64, 70)))
+    create = timm.create_model
+
+    def create_model(name, pretrained=False, **arguments):
+        return create(name, pretrained=pretrained and name.startswith("local-dir:"), **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    yield tmp_path
+    torch._dynamo.reset()
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def run_command(line):
+    words = shlex.split(line)
+    if words[0] in ONLY_WITH_GPUS:
+        words = words[words.index("pm_models") :]  # the command is what it runs, more than once
+    else:
+        assert words[0] == "pm-vit", line
+    arguments = words[1:]
+    if "-b" in arguments and arguments[0] == "bench":
+        arguments = arguments[: arguments.index("-b")]
+    if "--img-size" in arguments:
+        arguments[arguments.index("--img-size") + 1] = "64"
+    main_arguments = arguments + BRIEF[arguments[0]]
+    if words[0] == "pm_models":
+        main_arguments[main_arguments.index("--output") + 1] += "-again"
+    assert main(main_arguments) == 0, line
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # few images, random weights
+def test_a_guide(guide, workplace):
+    namespace = {}
+    if guide == "export.md":  # goes on where another guide ends
+        dense = timm.create_model("deit_tiny_patch16_224", embed_dim=48, depth=2, num_heads=2)
+        plan = pm_models.CompressionPlan.from_scores(torch.rand(2, 196), (14, 14), 0.6, 0.1)
+        pm_models.save_pretrained(pm_models.compress(dense, plan), "tuned")
+    blocks = BLOCK.findall((DOCS / guide).read_text(encoding="utf-8"))
+    for language, text in blocks:
+        if language == "python":
+            exec(compile(text, guide, "exec"), namespace)
+        elif language == "sh":
+            for line in text.splitlines():
+                run_command(line)
+        else:
+            assert language == "text", language
+    if guide == "compress.md":
+        first = [line for line in blocks[0][1].splitlines() if line]
+        assert len(first) < 15
+        assert first[-1].startswith("pm_models.export_model(")
+        assert (workplace / "deit_small.onnx").is_file()
+
+
+def test_public_names_are_documented():
+    """What the API reference is built from: every public name, argument and method says what it is."""
+    for package in (pm_kernels, pm_models):
+        for name in package.__all__:
+            thing = getattr(package, name)
+            if inspect.ismodule(thing):
+                continue
+            text = inspect.getdoc(thing)
+            assert text, name
+            if inspect.isfunction(thing):
+                for argument in inspect.signature(thing).parameters:
+                    assert re.search(rf"\b{argument}\b", text), (name, argument)
+            for attribute, method in vars(thing).items() if inspect.isclass(thing) else ():
+                if inspect.isfunction(method) and not attribute.startswith("_"):
+                    assert inspect.getdoc(getattr(thing, attribute)), f"{name}.{attribute}"
+
+
+def test_the_api_reference_is_built(tmp_path):
+    """By the command that the guides name."""
+    command = next(
+        line for line in (DOCS / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("pdoc ")
+    )
+    words = shlex.split(command)
+    words[words.index("-o") + 1] = str(tmp_path)
+    subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
+    for package in (pm_kernels, pm_models):
+        page = (tmp_path / f"{package.__name__}.html").read_text(encoding="utf-8")
+        for name in package.__all__:
+            assert f'id="{name}"' in page or f'"{package.__name__}/{name}.html"' in page, name
