@@ -12,7 +12,7 @@ from torch import Tensor
 from . import attention_kernels as kernels
 from .launch import Device, Launch, Repeats, layout
 from .sparse import CHUNK
-from .token_mix_launch import matrix_gradient_launch, mix_launch, padded, precision
+from .token_mix_launch import addressable, matrix_gradient_launch, mix_launch, padded, precision
 
 RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a head width of 64
 
@@ -420,8 +420,11 @@ def _addressable(x: Tensor) -> Tensor:
 
 
 def _flat_heads(x: Tensor) -> Tensor:
-    """x (B, H, N, d) as (B, N, H * d): a view where heads lie side by side, as in a packed projection."""
-    return x.transpose(1, 2).flatten(2)
+    """x (B, H, N, d) as (B, N, H * d): a view where heads lie side by side, as in a packed projection.
+
+    Heads of width 1 make a view of any layout.
+    """
+    return addressable(x.transpose(1, 2).flatten(2))
 
 
 def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[Tensor | None, bool]:

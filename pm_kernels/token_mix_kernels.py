@@ -244,7 +244,6 @@ def norm_backward(
         b_new_dbs = ()
         b_sum = tl.zeros([ROWS], tl.float32)  # of the gradient of the standardised rows
         b_dot = tl.zeros([ROWS], tl.float32)  # with the standardised rows
-        start = 0
         for i in tl.static_range(len(PIECES)):
             b_hat = (b_ys[i] - b_mean[:, None]) * b_rstd[:, None]
             b_dhat = b_dns[i] * b_ws[i][None, :]

@@ -1,4 +1,7 @@
-"""Every test starts from the same random state. Without a GPU, kernels run in Triton's interpreter."""
+"""Every test starts from the same random state. Without a GPU, kernels run in Triton's interpreter.
+
+Property tests try few cases, the same every time; ``pytest -m fuzz`` tries many, others every time.
+"""
 
 import os
 import sys
@@ -7,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, settings
 
 sys.path.append(str(Path(__file__).parents[1]))  # for bench, which is not installed
 
@@ -15,6 +19,15 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for each core already
+
+
+_SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("few", max_examples=20, derandomize=True, **_SETTINGS)
+settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES", "1000")), **_SETTINGS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("many" if "fuzz" in config.option.markexpr else "few")
 
 
 @pytest.fixture(autouse=True)

@@ -83,6 +83,14 @@ def compare(qkv, arguments, views=unpacked, specification=attention_written_out,
         torch.testing.assert_close(result.cpu().double(), reference_result, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("merge_queries", [True, False])
+def test_heads_of_width_one_in_any_memory(merge_queries):
+    """Where heads do not lie side by side, they still can be viewed as if they did; their rows are not contiguous."""
+    qkv = torch.randn(3, 2, 3, 9, 1)
+    arguments = arguments_for(2, 3, 9, 4, "", merge_queries)
+    compare(qkv, arguments, views=torch.Tensor.unbind)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_attention(tokens, options):
