@@ -24,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .card import model_card, replaces_card
+from .data import input_size
 from .plan import CompressionPlan, StagePlan
 from .registry import PREFIX, registered_name
 from .segmenter import Model, Segmenter, encoder_of, set_norm_eps, shared_norm_eps
@@ -124,12 +125,13 @@ def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) ->
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no saved model: expected {CONFIG_NAME} and {WEIGHTS_NAME} in it")
-    model = _build(folder, uncompressed)
     path = folder / WEIGHTS_NAME
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    _check_configuration(folder, weights)
+    model = _build(folder, uncompressed)
     if uncompressed:
         stages = "encoder.stages." if isinstance(model, Segmenter) else "stages."
         weights = {name: value for name, value in weights.items() if not name.startswith(stages)}
@@ -243,6 +245,35 @@ def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
+def _check_configuration(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Refuse a configuration of a model that is not the weights', before memory is taken for it."""
+    path = folder / CONFIG_NAME
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8")).get("model_args") or {}
+        largest = max([len(weights), *(size for value in weights.values() for size in value.shape)])
+        depth = arguments.get("depth", 0)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
+    if not isinstance(depth, int) or depth > largest:
+        raise ValueError(f"{path} describes a model of depth {depth!r}, and {WEIGHTS_NAME} is not one's")
+    with torch.device("meta"):
+        model = _build(folder)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    different = [name for name, value in weights.items() if expected.get(name, value.shape) != tuple(value.shape)]
+    if different:
+        raise ValueError(
+            f"the weights of {folder / WEIGHTS_NAME} are of another model: {different[0]} has shape "
+            f"{tuple(weights[different[0]].shape)}, expected {expected[different[0]]}"
+        )
+    encoder = encoder_of(model)
+    plain = encoder.uncompressed() if isinstance(encoder, Compressed) else encoder
+    try:
+        with torch.no_grad():
+            plain.eval().forward_features(torch.empty(1, *input_size(plain), device="meta"))
+    except Exception as error:  # sizes of parts that do not fit each other, of whatever kind
+        raise ValueError(f"{path} describes a model that cannot run: {error!r}") from error
+
+
 def _build(folder: Path, uncompressed: bool = False) -> Model:
     """The model that the folder's configuration describes, with random weights."""
     path = folder / CONFIG_NAME
@@ -255,7 +286,7 @@ def _build(folder: Path, uncompressed: bool = False) -> Model:
         if uncompressed and isinstance(model, Compressed):
             model = model.uncompressed()
         return Segmenter(model, **config["segmenter"]) if "segmenter" in config else model
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, RecursionError) as error:
+    except Exception as error:  # whatever the arguments of some model lead to
         raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
 
 

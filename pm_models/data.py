@@ -3,11 +3,13 @@
 import os
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import ImageDataset, create_dataset, create_loader, resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .segmenter import Model, encoder_of
@@ -19,6 +21,28 @@ SPLIT_NAMES = {
 }
 
 
+class FolderImages(ImageDataset):
+    """Images in folders of classes; one that cannot be read is refused, where timm takes another in its place."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._max_retries = 1
+
+    def __getitem__(self, index: int) -> tuple:
+        with refusing(self.filename(index, absolute=True)):
+            return super().__getitem__(index)
+
+
+@contextmanager
+def refusing(path: str | os.PathLike) -> Iterator[None]:
+    """Raise ValueError, with the file's name, where an image in it cannot be read."""
+    try:
+        yield
+    except Exception as error:  # PIL raises a dozen kinds for a broken file
+        reason = str(error.__cause__ or error.__context__ or error)
+        raise ValueError(f"{os.fspath(path)} cannot be read as an image ({reason}); mend or remove it") from error
+
+
 def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", in_chans: int = 3) -> Dataset:
     """A timm data set of labelled images.
 
@@ -27,6 +51,8 @@ def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", 
         split: ``"train"`` or ``"validation"`` (whose folder may be called val or test), or another folder's name.
         dataset: a name that ``timm.data.create_dataset`` knows, such as ``torch/cifar10``.
         in_chans: 1 reads images in grey, else in colour.
+
+    An image in a folder that cannot be read is an error of ValueError when it is met: none is left out in silence.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -44,14 +70,11 @@ def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", 
                 "one folder of images for each class"
             )
         root = found[0]
+    mode = "L" if in_chans == 1 else "RGB"
     try:
-        return create_dataset(
-            dataset,
-            root=str(root),
-            split=split,
-            search_split=bool(dataset),
-            input_img_mode="L" if in_chans == 1 else "RGB",
-        )
+        if not dataset:
+            return FolderImages(str(root), split=split, input_img_mode=mode)
+        return create_dataset(dataset, root=str(root), split=split, search_split=True, input_img_mode=mode)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         expected = f"data set {dataset!r}" if dataset else "<class>/<image> in it, one folder for each class"
         raise ValueError(f"{root}: {error}; expected {expected}") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 from .files import write_atomically
 
 _FORMAT = "pm-vit compression plan"
+_MOST = 10_000  # blocks, and prefix tokens
 _VERSION = 1
 
 
@@ -84,10 +85,10 @@ class CompressionPlan:
 
     def __post_init__(self) -> None:
         _check_grid(self.grid)
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
-        if self.num_prefix_tokens < 0:
-            raise ValueError(f"num_prefix_tokens must be at least 0, got {self.num_prefix_tokens}")
+        if not 1 <= self.depth <= _MOST:
+            raise ValueError(f"depth must be between 1 and {_MOST}, got {self.depth}")
+        if not 0 <= self.num_prefix_tokens <= _MOST:
+            raise ValueError(f"num_prefix_tokens must be between 0 and {_MOST}, got {self.num_prefix_tokens}")
         _check_stage_bounds([(stage.first, stage.last) for stage in self.stages], self.depth)
         for stage in self.stages:
             if len(stage.segments) != self.num_patches:
@@ -324,7 +325,7 @@ class CompressionPlan:
             )
         except KeyError as error:
             raise ValueError(f"a plan needs the field {error}") from error
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"a field of the plan has the wrong type: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:

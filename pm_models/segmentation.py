@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from .data import SPLIT_NAMES, SeededImages, check_size, random_subset
+from .data import SPLIT_NAMES, SeededImages, check_size, random_subset, refusing
 from .segmenter import Segmenter, predict
 from .training import IGNORED
 
@@ -114,7 +114,7 @@ class SegmentationImages(Dataset):
             ValueError: the label map is no picture of one channel as large as the image, or has an unknown class.
         """
         image_path, label_path = self.pairs[index]
-        with Image.open(image_path) as opened:
+        with refusing(image_path), Image.open(image_path) as opened:
             image = tv_tensors.Image(opened.convert("RGB"))
         labels = tv_tensors.Mask(self._labels(label_path))
         if labels.shape != image.shape[1:]:
@@ -125,7 +125,7 @@ class SegmentationImages(Dataset):
         return (image, labels) if self.transform is None else self.transform(image, labels)
 
     def _labels(self, path: Path) -> Tensor:
-        with Image.open(path) as opened:
+        with refusing(path), Image.open(path) as opened:
             labels = torch.from_numpy(numpy.array(opened).astype(numpy.int64))
         if labels.dim() != 2:
             raise ValueError(f"{path} has {labels.shape[-1]} channels, expected one with the index of each class")

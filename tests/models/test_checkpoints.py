@@ -204,7 +204,7 @@ def test_weights_of_another_model(tmp_path):
     save_pretrained(compressed_vit(), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file(weights | {"norm.weight": torch.ones(5)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="(?s)are of another model: .*size mismatch for norm.weight"):
+    with pytest.raises(ValueError, match="are of another model: norm.weight has shape .5,., expected .32,."):
         load_pretrained(tmp_path)
     del weights["stages.0.merge"]
     save_file(weights, tmp_path / "model.safetensors")

@@ -226,7 +226,7 @@ def test_repr_tells_a_person():
         ({"stages": [(0, 2)]}, r"stages must be \(first, last\) blocks .* within 0..1, got \[\(0, 2\)\]"),
         ({"stages": [(1, 1), (0, 0)]}, r"in order, without overlap"),
         ({"stages": []}, r"stages must name at least one"),
-        ({"num_prefix_tokens": -1}, r"num_prefix_tokens must be at least 0"),
+        ({"num_prefix_tokens": -1}, r"num_prefix_tokens must be between 0 and 10000, got -1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
