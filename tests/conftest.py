@@ -3,8 +3,11 @@
 Property tests try few cases, the same every time; ``pytest -m fuzz`` tries many, others every time.
 """
 
+import functools
+import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,13 +24,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for each core already
 
 
-_SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+_SETTINGS = {"deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("few", max_examples=20, derandomize=True, **_SETTINGS)
 settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES", "1000")), **_SETTINGS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.load_profile("many" if "fuzz" in config.option.markexpr else "few")
+    settings.load_profile(_tries(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Property tests tell how many cases they tried, as a property of their reports."""
+    for item in items:
+        if hasattr(getattr(item, "obj", None), "hypothesis"):
+            item.obj.hypothesis.inner_test = _counting(item, item.obj.hypothesis.inner_test)
+
+
+def _counting(item: pytest.Item, test: Callable[..., None]) -> Callable[..., None]:
+    tried = itertools.count(1)
+
+    @functools.wraps(test)
+    def counted(*args: object, **kwargs: object) -> None:
+        item.user_properties[:] = [("cases", next(tried))]
+        return test(*args, **kwargs)
+
+    return counted
+
+
+def _tries(config: pytest.Config) -> str:
+    return "many" if "fuzz" in config.option.markexpr else "few"
+
+
+@pytest.fixture
+def tries(request: pytest.FixtureRequest) -> str:
+    """``"few"``, or ``"many"`` for ``-m fuzz``."""
+    return _tries(request.config)
 
 
 @pytest.fixture(autouse=True)

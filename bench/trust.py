@@ -1,0 +1,130 @@
+"""What was tried to break the package, and how exact its ops are: the long property tests, and a table of errors.
+
+``python -m bench.trust`` runs ``pytest -m fuzz``, which takes about an hour on two cores, and writes trust.json: the
+cases that each test tried, and for every op and dtype its error against float64 beside that of PyTorch's own ops.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
+
+from pm_kernels import SparseRows, backend, fused_merge_attention, token_mix, token_mix_layer_norm
+
+from . import results
+from .machine import describe
+
+ROOT = Path(__file__).parents[1]
+Op = Callable[..., Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.trust", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="write <device>/trust.json here")
+    parser.add_argument("--processes", type=int, default=2, help="tests at a time (%(default)s)")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    records = [*errors(device), *tried(options.processes)]
+    results.write(options.results / device / "trust.json", describe(device), records)
+    for record in records:
+        print(record)
+
+
+def tried(processes: int) -> Iterator[dict]:
+    """The outcome of every test of ``pytest -m fuzz``, and how many cases it tried."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "fuzz", "-n", str(processes), "--junitxml", str(report)]
+        status = subprocess.run([*command, "tests"], cwd=ROOT, check=False).returncode
+        if status:
+            raise SystemExit(f"pytest -m fuzz ended with status {status}: nothing is written")
+        for case in ElementTree.parse(report).iter("testcase"):
+            if case.find("skipped") is None:
+                properties = {found.get("name"): found.get("value") for found in case.iter("property")}
+                name = f"{case.get('classname').removeprefix('tests.')}::{case.get('name')}"
+                yield {"test": name, "cases": int(properties.get("cases", 1))}
+
+
+def errors(device: str) -> Iterator[dict]:
+    """For every op and dtype the greatest error of results and gradients, ours and PyTorch's, in parts of the greatest
+    value."""
+    dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device == "cuda" else [])
+    for dtype in dtypes:
+        for name, (ours, theirs, inputs) in _ops(device).items():
+            exact = _run(theirs, inputs, torch.float64)
+            with backend("triton"):
+                found = _run(ours, inputs, dtype)
+            other = _run(theirs, inputs, dtype)
+            yield {
+                "op": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "ours": max(map(_error, found, exact)),
+                "pytorch": max(map(_error, other, exact)),
+            }
+
+
+def _ops(device: str) -> dict[str, tuple[Op, Op, list[Tensor]]]:
+    """By name: the op, the same of PyTorch's ops, and inputs in float32."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 118, 64, device=device) for _ in "qkv")
+    merge = torch.randn(70, 118, device=device) / 118**0.5
+    bias, gate = torch.randn(70, device=device), torch.rand(70, device=device)
+    x, matrix = torch.randn(2, 118, 192, device=device), torch.randn(70, 118, device=device) / 118**0.5
+    few = matrix * (torch.rand(matrix.shape, device=device) < 0.03)
+    weight, offset = torch.randn(192, device=device), torch.randn(192, device=device)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def merged(q: Tensor, k: Tensor, v: Tensor, merge: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+        q, k, v = (merge @ x for x in (q, k, v))
+        # A gate on the columns is one on the values.
+        return F.scaled_dot_product_attention(q, k, v * gate.unsqueeze(1), attn_mask=bias.expand(1, 1, 70, 70))
+
+    def sparse(x: Tensor, matrix: Tensor) -> Tensor:
+        return token_mix(x, SparseRows.from_dense(few.to(matrix))._replace(values=matrix[few != 0]))
+
+    def norm(x: Tensor, matrix: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+        return F.layer_norm(matrix @ x, (192,), weight, offset, 1e-6)
+
+    return {
+        "attention": (fused_merge_attention, sdpa, [q, k, v]),
+        "attention with merge, bias and gate": (
+            lambda q, k, v, merge, bias, gate: fused_merge_attention(q, k, v, merge, key_bias=bias, gate=gate),
+            merged,
+            [q, k, v, merge, bias, gate],
+        ),
+        "token mix, dense": (token_mix, lambda x, matrix: matrix @ x, [x, matrix]),
+        "token mix, sparse": (sparse, lambda x, matrix: (matrix * (few != 0)) @ x, [x, few]),
+        "token mix and LayerNorm": (
+            lambda *given: token_mix_layer_norm(*given, 1e-6)[1],
+            norm,
+            [x, matrix, weight, offset],
+        ),
+    }
+
+
+def _run(op: Op, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    given = [value.to(dtype).requires_grad_() for value in inputs]
+    out = op(*given)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device).to(dtype)
+    return [out, *torch.autograd.grad(out, given, upstream)]
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+if __name__ == "__main__":
+    main()
