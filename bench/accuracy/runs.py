@@ -157,15 +157,15 @@ def _peers(setting: Setting, seed: int) -> list[Run]:
 
 
 def _variants(setting: Setting) -> list[Run]:
-    """Ways to do it otherwise. In the stages of averages nothing is pruned, and merged tokens are attended to by size."""
+    """Ways to do it otherwise. In stages of averages nothing is pruned, and merged tokens are attended to by size."""
     third = setting.depth // 3
     stages = [(third, 2 * third - 1), (2 * third, setting.depth - 1)]
     averaged = {"prune_rate": 0.0, "row_weights": "average", "stages": stages}
-    return [
-        *(
-            Run("prune_and_merge", rate, "two stages of averages", averaged, {"size_bias": True})
-            for rate in (0.6, 0.5, 0.4)
-        ),
+    stages_of_averages = [
+        Run("prune_and_merge", rate, "two stages of averages", averaged, {"size_bias": True})
+        for rate in (0.6, 0.5, 0.4)
+    ]
+    return stages_of_averages + [
         Run("prune_and_merge", VARIANTS_AT, variant, plan, arguments)
         for variant, plan, arguments in (
             ("averaged rows", {"row_weights": "average"}, {}),
