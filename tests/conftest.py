@@ -23,10 +23,9 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for each core already
 
-
-_SETTINGS = {"deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
-settings.register_profile("few", max_examples=20, derandomize=True, **_SETTINGS)
-settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES", "1000")), **_SETTINGS)
+_OPTIONS = {"deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("few", max_examples=20, derandomize=True, **_OPTIONS)
+settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES", "1000")), **_OPTIONS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
