@@ -15,7 +15,7 @@ from . import results
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x14.json"
-SEGMENTATION_FILE = "segmentation_camvid.json"
+SEGMENTATION_FILE, TRUST_FILE = "segmentation_camvid.json", "trust.json"
 MODEL_PEERS = ("dense_autotuned", "dense_eager", "literal", "ideal", "tome", "evit", "dynamicvit", "local_merge")
 SPEED, ACCURACY = "table of bench/results", "accuracy of bench/results"
 SEGMENTATION = "segmentation of bench/results"
@@ -60,6 +60,20 @@ def op_table(content: dict) -> str:
             f"{peers[best] / ours:.2f}x", f"{errors['ours'] / errors[best]:.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def trust_tables(content: dict) -> str:
+    """Markdown: errors against float64 beside PyTorch's, and the cases that were tried, by file of tests."""
+    lines = ["| op | dtype | error against float64 | PyTorch's own |", "|---|---|---:|---:|"]
+    cases: dict[str, int] = {}
+    for record in content["records"]:
+        if "op" in record:
+            lines.append(f"| {record['op']} | {record['dtype']} | {record['ours']:.1e} | {record['pytorch']:.1e} |")
+        else:
+            name = record["test"].split("[")[0]
+            cases[name] = cases.get(name, 0) + record["cases"]
+    lines += ["", "| test | cases |", "|---|---:|", *(f"| {name} | {count} |" for name, count in sorted(cases.items()))]
     return "\n".join(lines) + "\n"
 
 
@@ -236,6 +250,9 @@ def _sections(folder: Path) -> Iterator[str]:
             )
             yield f"![What the models see]({device.name}/segmentation.png)\n"
             yield f"![The plan of keep rate 0.7]({device.name}/segmentation_plan.png)\n"
+        if (device / TRUST_FILE).exists():
+            content, wrong = results.read(device / TRUST_FILE)
+            yield f"\n### trust\n\n`python -m bench.trust`. {origin(content, wrong)}\n\n{trust_tables(content)}"
         for suite, table in (("model", model_table), ("attention", op_table), ("transition", op_table)):
             path = device / f"{suite}.json"
             if not path.exists():

@@ -12,16 +12,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .backend import kernel_device, on_device
+from .namespace import NAMESPACE, OPERATORS
 
-_LIBRARY = torch.library.Library("pm_kernels", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _ARGUMENTS = "Tensor? merge, Tensor? gate, Tensor? key_bias, float scale, bool merge_queries"
 _LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 _LIBRARY.define(
     f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS}, "
     "bool[3] wanted) -> (Tensor dqkv, Tensor dmerge, Tensor dgate, Tensor dkey_bias)"
 )
-attention = torch.ops.pm_kernels.attention.default
-attention_backward = torch.ops.pm_kernels.attention_backward.default
+attention = OPERATORS.attention.default
+attention_backward = OPERATORS.attention_backward.default
 
 
 def supported(q: Tensor) -> bool:
@@ -305,7 +306,7 @@ torch.library.register_fake(attention, _forward_fake, lib=_LIBRARY)
 torch.library.register_fake(attention_backward, _backward_fake, lib=_LIBRARY)
 
 
-@register_flop_formula(torch.ops.pm_kernels.attention)
+@register_flop_formula(OPERATORS.attention)
 def _forward_flops(
     q: torch.Size,
     k: torch.Size,
@@ -321,7 +322,7 @@ def _forward_flops(
     return 2 * attending + merging
 
 
-@register_flop_formula(torch.ops.pm_kernels.attention_backward)
+@register_flop_formula(OPERATORS.attention_backward)
 def _backward_flops(
     dout: torch.Size,
     q: torch.Size,

@@ -13,11 +13,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .backend import kernel_device, on_device
+from .namespace import NAMESPACE, OPERATORS
 from .sparse import ByColumn, SparseRows
 
 WIDEST = 4096
 
-_LIBRARY = torch.library.Library("pm_kernels", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _LIBRARY.define(
     "mix(Tensor x, Tensor? update, Tensor? carried, Tensor matrix, Tensor[] structure, Tensor? weight, Tensor? bias, "
     "float eps, SymInt split, SymInt normed) -> (Tensor y, Tensor rest, Tensor normed_rows)"
@@ -27,8 +28,8 @@ _LIBRARY.define(
     "Tensor matrix, Tensor[] structure, Tensor? weight, float eps, SymInt first, SymInt tokens, SymInt split, "
     "SymInt normed, bool[3] wanted) -> (Tensor dx, Tensor dcarried, Tensor dmatrix, Tensor dweight, Tensor dbias)"
 )
-mix = torch.ops.pm_kernels.mix.default
-mix_backward = torch.ops.pm_kernels.mix_backward.default
+mix = OPERATORS.mix.default
+mix_backward = OPERATORS.mix_backward.default
 
 
 def supported(x: Tensor) -> bool:
@@ -319,14 +320,14 @@ torch.library.register_fake(mix, _forward_fake, lib=_LIBRARY)
 torch.library.register_fake(mix_backward, _backward_fake, lib=_LIBRARY)
 
 
-@register_flop_formula(torch.ops.pm_kernels.mix)
+@register_flop_formula(OPERATORS.mix)
 def _forward_flops(
     x: torch.Size, update: object, carried: object, matrix: torch.Size, *options: object, out_shape: object = None
 ) -> int:
     return _product(x, matrix)
 
 
-@register_flop_formula(torch.ops.pm_kernels.mix_backward)
+@register_flop_formula(OPERATORS.mix_backward)
 def _backward_flops(
     dy: torch.Size | None,
     drest: torch.Size | None,
