@@ -25,7 +25,7 @@ EPS = 1e-6
 def check(function, same_in_pytorch, specification, arguments, upstreams, rounding=8):
     """Results and gradients: their error against float64 at most twice PyTorch's own in the same dtype.
 
-    ``rounding`` is what is let pass in any case, in parts of the greatest value, or of 1, and in the dtype's resolution.
+    ``rounding`` is let pass in any case, in the dtype's resolution of the greatest value, or of 1.
     """
 
     def run(called, given, dtype):
