@@ -68,6 +68,18 @@ def attention_written_out(q, k, v, merge=None, gate=None, key_bias=None, scale=N
     return torch.einsum("bhij,bhjd->bhid", weights, v)
 
 
+def transition_written_out(x, matrix, rows, carried=None, update=None, weight=None, bias=None, eps=1e-6):
+    """The contract of a transition, for a dense matrix."""
+    state = x if update is None else x + update
+    state = state if carried is None else torch.cat([state, carried], dim=1)
+    mixed = torch.einsum("mn,bnd->bmd", matrix, state)
+    y, rest = mixed[:, :rows], mixed[:, rows:]
+    if weight is None:
+        return y, rest
+    centred = y - y.mean(-1, keepdim=True)
+    return y, rest, centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
 def packed_qkv(batch, heads, tokens, width, dtype=torch.float64):
     """Views of one packed projection, as a ViT makes them."""
     qkv = torch.randn(batch, tokens, 3, heads, width, dtype=dtype, requires_grad=True)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import skip_without_kernels
+from helpers import skip_without_kernels, transition_written_out
 from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import (
@@ -32,18 +32,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("sparse", "sparse-unordered", "blocks", "dense")
 OPTIONS = ("", "norm", "update", "carried", "norm+update+carried")
 EPS = 1e-6
-
-
-def written_out(x, matrix, rows, carried=None, update=None, weight=None, bias=None):
-    """The contract of a transition, for a dense matrix."""
-    state = x if update is None else x + update
-    state = state if carried is None else torch.cat([state, carried], dim=1)
-    mixed = torch.einsum("mn,bnd->bmd", matrix, state)
-    y, rest = mixed[:, :rows], mixed[:, rows:]
-    if weight is None:
-        return y, rest
-    centred = y - y.mean(-1, keepdim=True)
-    return y, rest, centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
 
 
 def matrix_of(kind, rows, tokens):
@@ -108,8 +96,8 @@ def run(function, arguments, upstreams):
 def compare(kind, arguments, tolerance=1e-4):
     """The kernels against float64, and against themselves, bit for bit."""
     exact = on("cpu", arguments, torch.float64)
-    upstreams = [torch.randn(result.shape) for result in written_out(**exact) if result.numel()]
-    expected = run(written_out, exact, upstreams)
+    upstreams = [torch.randn(result.shape) for result in transition_written_out(**exact) if result.numel()]
+    expected = run(transition_written_out, exact, upstreams)
     held = matrix_gradient_held(kind, arguments["matrix"])
     ours = on(DEVICE, arguments)
     results, again = (run(lambda **a: kernel(kind, **a), ours, upstreams) for _ in range(2))
@@ -170,7 +158,7 @@ def test_token_mix_layer_norm_of_the_first_rows(kept, kind):
     def exact(x, matrix, weight, bias):
         count = 9 if kept is None else kept
         mixed = torch.einsum("mn,bnd->bmd", matrix, x)
-        return mixed, written_out(x, matrix[:count], count, weight=weight, bias=bias)[2]
+        return mixed, transition_written_out(x, matrix[:count], count, weight=weight, bias=bias)[2]
 
     upstreams = [torch.randn(2, 9, 12)] + ([] if kept == 0 else [torch.randn(2, 9 if kept is None else kept, 12)])
     names = list(values) if kept != 0 else ["x", "matrix"]
@@ -199,7 +187,7 @@ def test_results_that_nothing_uses(kind, used):
 
     exact, ours = on("cpu", arguments, torch.float64), on(DEVICE, arguments)
     held = matrix_gradient_held(kind, arguments["matrix"])
-    expected = gradients(written_out(**exact), exact)
+    expected = gradients(transition_written_out(**exact), exact)
     for result, value in zip(gradients(kernel(kind, **ours), ours), expected, strict=True):
         value = value * held if value.shape == held.shape else value
         torch.testing.assert_close(result.cpu().double(), value, rtol=1e-4, atol=1e-4)
@@ -305,8 +293,8 @@ def test_half_precision_error_is_that_of_pytorch(dtype, kind):
         for name, value in arguments.items()
     }
     exact = on("cpu", half, torch.float64)
-    upstreams = [torch.randn(result.shape).to(dtype) for result in written_out(**exact)]
-    expected = run(written_out, exact, upstreams)
+    upstreams = [torch.randn(result.shape).to(dtype) for result in transition_written_out(**exact)]
+    expected = run(transition_written_out, exact, upstreams)
     held = matrix_gradient_held(kind, dense)
     errors = []
     for name in ("triton", "reference"):
@@ -324,7 +312,7 @@ def test_rows_far_from_zero(kind):
     matrix = torch.eye(9)
     weight, bias = torch.ones(64), torch.zeros(64)
     y, normed = kernel(kind, *(t.to(DEVICE) for t in (x, matrix)), 9, weight=weight.to(DEVICE), bias=bias.to(DEVICE))
-    expected = written_out(x.double(), matrix.double(), 9, weight=weight, bias=bias)[2]
+    expected = transition_written_out(x.double(), matrix.double(), 9, weight=weight, bias=bias)[2]
     torch.testing.assert_close(y.cpu(), x)
     torch.testing.assert_close(normed.cpu().double(), expected, rtol=1e-3, atol=1e-3)
 
@@ -473,10 +461,12 @@ def test_operators_written_out_in_pytorch(monkeypatch, kind, options):
     """Where no kernel runs, the operators give the specification's results and gradients."""
     monkeypatch.setattr(token_mix_op, "kernel_device", lambda x: None)
     arguments = on("cpu", arguments_for(options, 2, 12, 8, matrix_of(kind, 9, 12)))
-    upstreams = [torch.randn(result.shape) for result in written_out(**arguments) if result.numel()]
+    upstreams = [torch.randn(result.shape) for result in transition_written_out(**arguments) if result.numel()]
     held = matrix_gradient_held(kind, arguments["matrix"].detach())
     for result, value in zip(
-        run(lambda **a: kernel(kind, **a), arguments, upstreams), run(written_out, arguments, upstreams), strict=True
+        run(lambda **a: kernel(kind, **a), arguments, upstreams),
+        run(transition_written_out, arguments, upstreams),
+        strict=True,
     ):
         torch.testing.assert_close(result, value * held if value.shape == held.shape else value, rtol=1e-4, atol=1e-4)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import attention_written_out, skip_without_kernels
+from helpers import attention_written_out, skip_without_kernels, transition_written_out
 from hypothesis import given
 from hypothesis import strategies as st
 from trust.cases import LAYOUTS, laid_out, ugly_sizes
@@ -125,16 +125,8 @@ def mixed(x, matrix, rows, carried=None, update=None, weight=None, bias=None, st
     return function(x, carried, matrix, rows, update=update, norm=None if weight is None else (weight, bias, EPS))
 
 
-def mix_written_out(x, matrix, rows, carried=None, update=None, weight=None, bias=None, structure=None):
-    matrix = matrix if structure is None else matrix * (matrix != 0)
-    state = x if update is None else x + update
-    state = state if carried is None else torch.cat([state, carried], dim=1)
-    result = torch.einsum("mn,bnd->bmd", matrix, state)
-    y, rest = result[:, :rows], result[:, rows:]
-    if weight is None:
-        return y, rest
-    centred = y - y.mean(-1, keepdim=True)
-    return y, rest, centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
+def mix_written_out(matrix, structure=None, **arguments):
+    return transition_written_out(matrix=matrix if structure is None else matrix * (matrix != 0), **arguments)
 
 
 @st.composite
