@@ -73,6 +73,12 @@ class StageMatrices(nn.Module):
             return self.merge
         return self.merge.new_zeros(self.shape).index_put((self.rows, self.columns), self.merge)
 
+    def support(self) -> Tensor:
+        """(C, N), 1 where the merge matrix has an entry, whatever its value."""
+        return torch.zeros(self.shape, device=self.rows.device).index_put(
+            (self.rows, self.columns), torch.ones(len(self.rows), device=self.rows.device)
+        )
+
     def densify(self) -> None:
         """Keep every entry, so that no matrix is made of its nonzeros when the model runs; they do not train."""
         merge, reconstruct = self.merge_matrix().detach(), self.reconstruct_matrix().detach()
@@ -206,8 +212,11 @@ class Folding(nn.Module):
             folded = self._fold_dense(like, dtype)
             return folded if self.dense else self._gather(folded)
 
-    def _fold_dense(self, like: Tensor, dtype: torch.dtype, *, magnitudes: bool = False) -> Folded:
-        """The matrices with all their entries; with ``magnitudes`` sums of magnitudes, which are 0 on no support."""
+    def _fold_dense(self, like: Tensor, dtype: torch.dtype, *, pattern: bool = False) -> Folded:
+        """The matrices with all their entries; with ``pattern``, what they are if those of the stages are all 1.
+
+        That is above 0 wherever a value can come to be, where it is 0 now too.
+        """
         identity = torch.eye(self._num_tokens, dtype=dtype, device=like.device)
         frame, transitions, frames = None, [], []
         for run, name in zip(self._runs, self._carried, strict=True):
@@ -216,17 +225,17 @@ class Folding(nn.Module):
                 frame = None
             else:
                 carried = getattr(self, name).to(like.device)
-                merge, reconstruct = (
-                    matrix.abs() if magnitudes else matrix
-                    for matrix in (run.matrices.merge_matrix().to(dtype), run.matrices.reconstruct_matrix().to(dtype))
-                )
+                merge, reconstruct = run.matrices.merge_matrix().to(dtype), run.matrices.reconstruct_matrix().to(dtype)
+                if pattern:
+                    merge = run.matrices.support().to(dtype)
+                    reconstruct = merge.mT
                 stage = torch.cat([merge, identity.index_select(0, carried)])
                 transitions.append(stage if frame is None else stage @ frame)
                 skipping = identity
                 if run.matrices.keeps_rest:
                     shared = run.matrices.shared_mask.unsqueeze(1).to(dtype)
                     left_out = shared * (reconstruct @ merge)
-                    skipping = identity + left_out if magnitudes else identity - left_out
+                    skipping = identity + left_out if pattern else identity - left_out
                     skipping = skipping * (shared + run.matrices.pruned_mask.unsqueeze(1).to(dtype))
                 frame = torch.cat([reconstruct, skipping.index_select(1, carried)], dim=1)
             frames.append(frame)
@@ -243,7 +252,7 @@ class Folding(nn.Module):
         """Where the matrices have entries, and how many columns, for :meth:`_gather`."""
         like = next(run.matrices.merge for run in self._runs if run.matrices is not None)
         with torch.no_grad():
-            folded = self._fold_dense(torch.zeros(0, device=like.device), torch.float32, magnitudes=True)
+            folded = self._fold_dense(torch.zeros(0, device=like.device), torch.float32, pattern=True)
         for name, matrix in _named_matrices(folded):
             if matrix is not None:
                 places = matrix.cpu().flatten().nonzero().squeeze(1)

@@ -10,7 +10,7 @@ from helpers import images_for, plan_for, small_vit
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.optim import create_optimizer_v2
 
-from pm_models import CompressionPlan, PMVisionTransformer, compress, load_pretrained, save_pretrained
+from pm_models import CompressionPlan, PMVisionTransformer, StagePlan, compress, load_pretrained, save_pretrained
 
 KINDS = {
     "token": {},
@@ -638,6 +638,22 @@ def test_the_shortcut_of_all_keeps_what_the_merge_leaves_out(merge_site):
         compressed = compress(model, plan, shortcut=shortcut, merge_site=merge_site)
         same = torch.isclose(compressed.forward_features(images), expected, rtol=1e-10, atol=1e-10).all()
         assert same == (shortcut == "all")
+
+
+@pytest.mark.parametrize("shortcut", ["pruned", "all"])
+def test_entries_that_are_zero_train(shortcut):
+    """A merged patch may weigh nothing at first, and come to weigh something."""
+    dense = small_vit(depth=2, img_size=(12, 8)).double()
+    segments, weights = (0, 0, 0, 0, 0, 0), (0.4, 0.0, 0.0, 0.0, 0.0, 0.6)
+    stages = tuple(StagePlan(block, block, segments, weights) for block in range(2))
+    model = compress(dense, CompressionPlan((3, 2), 2, 1, stages), shortcut=shortcut)
+    images, gradients = images_for(dense), []
+    for execution in ("folded", "literal"):
+        model.execution = execution
+        gradients.append(torch.autograd.grad(model(images).square().sum(), list(model.stages.parameters())))
+    assert (gradients[0][0] != 0).all()
+    for folded, literal in zip(*gradients, strict=True):
+        torch.testing.assert_close(folded, literal, rtol=1e-9, atol=1e-9)
 
 
 def test_the_shortcut_is_saved_and_carries_no_more_than_is_read(tmp_path):
