@@ -67,13 +67,16 @@ def trust_tables(content: dict) -> str:
     """Markdown: errors against float64 beside PyTorch's, and the cases that were tried, by file of tests."""
     lines = ["| op | dtype | error against float64 | PyTorch's own |", "|---|---|---:|---:|"]
     cases: dict[str, int] = {}
+    failed: set[str] = set()
     for record in content["records"]:
         if "op" in record:
             lines.append(f"| {record['op']} | {record['dtype']} | {record['ours']:.1e} | {record['pytorch']:.1e} |")
         else:
             name = record["test"].split("[")[0]
             cases[name] = cases.get(name, 0) + record["cases"]
-    lines += ["", "| test | cases |", "|---|---:|", *(f"| {name} | {count} |" for name, count in sorted(cases.items()))]
+            failed |= {name} if not record["passed"] else set()
+    lines += ["", "| test | cases | passed |", "|---|---:|---|"]
+    lines += [f"| {name} | {count} | {'no' if name in failed else 'yes'} |" for name, count in sorted(cases.items())]
     return "\n".join(lines) + "\n"
 
 

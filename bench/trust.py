@@ -37,8 +37,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     records = [*errors(device), *tried(options.processes)]
     results.write(options.results / device / "trust.json", describe(device), records)
-    for record in records:
-        print(record)
+    failed = [record["test"] for record in records if not record.get("passed", True)]
+    print(f"{sum(record.get('cases', 0) for record in records)} cases; failed: {', '.join(failed) or 'none'}")
 
 
 def tried(processes: int) -> Iterator[dict]:
@@ -46,14 +46,13 @@ def tried(processes: int) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "fuzz", "-n", str(processes), "--junitxml", str(report)]
-        status = subprocess.run([*command, "tests"], cwd=ROOT, check=False).returncode
-        if status:
-            raise SystemExit(f"pytest -m fuzz ended with status {status}: nothing is written")
+        subprocess.run([*command, "tests"], cwd=ROOT, check=False)
         for case in ElementTree.parse(report).iter("testcase"):
             if case.find("skipped") is None:
                 properties = {found.get("name"): found.get("value") for found in case.iter("property")}
                 name = f"{case.get('classname').removeprefix('tests.')}::{case.get('name')}"
-                yield {"test": name, "cases": int(properties.get("cases", 1))}
+                passed = case.find("failure") is None and case.find("error") is None
+                yield {"test": name, "cases": int(properties.get("cases", 1)), "passed": passed}
 
 
 def errors(device: str) -> Iterator[dict]:
