@@ -28,7 +28,7 @@ from .data import input_size
 from .plan import CompressionPlan, StagePlan
 from .registry import PREFIX, registered_name
 from .segmenter import Model, Segmenter, encoder_of, set_norm_eps, shared_norm_eps
-from .vision_transformer import Compressed, PMVisionTransformer, compress
+from .vision_transformer import COMPRESSION, Compressed, PMVisionTransformer, compress
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -281,6 +281,8 @@ def _build(folder: Path, uncompressed: bool = False) -> Model:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["architecture"].startswith(PREFIX):
             registered_name(config["architecture"])
+            if missing := [name for name in COMPRESSION if name not in config["model_args"]]:
+                raise ValueError(f"model_args lacks {', '.join(missing)}")
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
         set_norm_eps(model, config.get("norm_eps"))
         if uncompressed and isinstance(model, Compressed):

@@ -172,11 +172,6 @@ class Segmenter(nn.Module):
         self.decoder.train(encoder.training)
 
     @property
-    def norm_eps(self) -> float | None:
-        """Epsilon of the encoder's LayerNorms, where they share one."""
-        return shared_norm_eps(self.encoder)
-
-    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the images that the encoder takes."""
         return tuple(self.encoder.patch_embed.img_size)

@@ -39,6 +39,8 @@ Versions = tuple[tuple[int, int], ...]
 
 EXECUTIONS = ("folded", "literal")
 MERGE_SITES = ("block", "attention")
+# What compress takes beside the model, under the names of a compressed model's attributes.
+COMPRESSION = ("plan", "train_matrices", "size_bias", "merge_site", "shortcut")
 
 
 class Compressed(nn.Module):
@@ -110,13 +112,7 @@ class Compressed(nn.Module):
     @property
     def compression(self) -> dict[str, object]:
         """The arguments of :func:`compress` that made it, as JSON has them."""
-        return {
-            "plan": self.plan.to_dict(),
-            "train_matrices": self.train_matrices,
-            "size_bias": self.size_bias,
-            "merge_site": self.merge_site,
-            "shortcut": self.shortcut,
-        }
+        return {name: getattr(self, name) for name in COMPRESSION} | {"plan": self.plan.to_dict()}
 
     def merge_matrices(self) -> list[Tensor]:
         """The merge matrix (C, N) of each compressed block, in order; blocks of one stage share theirs.
@@ -455,8 +451,7 @@ class Compressed(nn.Module):
 
 # The attributes that a compressed model has beside a plain one's, its modules and hook aside.
 _OF_COMPRESSION = {
-    "plan", "train_matrices", "size_bias", "merge_site", "shortcut", "_execution", "_folded", "_merged_tables",
-    "_positions", "_runs",
+    *COMPRESSION, "_execution", "_folded", "_merged_tables", "_positions", "_runs",
     "forward", "_original_forward",  # where accelerate wrapped it, it is the compressed model's
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import attention_written_out, packed_qkv, skip_without_kernels
+from helpers import ON_KERNELS, attention_written_out, packed_qkv, skip_without_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import (
@@ -19,11 +19,7 @@ from pm_kernels.attention_op import attention, attention_backward
 from pm_kernels.launch import INTERPRETER, Device, Launch
 
 skip_without_kernels()
-# The interpreter computes with numpy, which warns of what a GPU gives without a word: 0 * inf, inf - inf.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = ON_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1, 7, 16, 17, 118, 129, 197, 257)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import skip_without_kernels, transition_written_out
+from helpers import ON_KERNELS, skip_without_kernels, transition_written_out
 from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import (
@@ -23,10 +23,7 @@ from pm_kernels.sparse import ByColumn
 from pm_kernels.token_mix_op import mix, mix_backward
 
 skip_without_kernels()
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = ON_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("sparse", "sparse-unordered", "blocks", "dense")

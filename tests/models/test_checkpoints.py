@@ -220,6 +220,8 @@ def test_weights_of_another_model(tmp_path):
         lambda config: config["model_args"]["plan"].update(version=7),
         lambda config: config["model_args"]["plan"].update(depth=9),
         lambda config: config["model_args"].pop("plan"),
+        lambda config: config["model_args"].pop("size_bias"),
+        lambda config: config["model_args"].pop("shortcut"),
         lambda config: config["model_args"].update(train_matrices="all"),
         lambda config: config["model_args"].update(embed_dim="wide"),
         lambda config: config["model_args"].update(no_such_argument=1),

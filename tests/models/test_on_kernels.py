@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import images_for, plan_for, skip_without_kernels, small_vit
+from helpers import ON_KERNELS, images_for, plan_for, skip_without_kernels, small_vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.memory import activation_bytes
@@ -10,7 +10,7 @@ from pm_kernels import BlockRows, SparseRows, backend
 from pm_models import compress
 
 skip_without_kernels()
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = ON_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POOLS = {

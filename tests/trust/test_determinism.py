@@ -4,16 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import images_for, plan_for, skip_without_kernels, small_vit
+from helpers import ON_KERNELS, images_for, plan_for, skip_without_kernels, small_vit
 
 from pm_kernels import SparseRows, backend, fused_merge_attention, transition
 from pm_models import compress
 
-pytestmark = [
-    pytest.mark.fuzz,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.fuzz, *ON_KERNELS]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

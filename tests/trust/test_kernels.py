@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import attention_written_out, skip_without_kernels, transition_written_out
+from helpers import ON_KERNELS, attention_written_out, skip_without_kernels, transition_written_out
 from hypothesis import given
 from hypothesis import strategies as st
 from trust.cases import LAYOUTS, laid_out, ugly_sizes
@@ -10,12 +10,7 @@ from trust.cases import LAYOUTS, laid_out, ugly_sizes
 from pm_kernels import BlockRows, SparseRows, backend, fused_merge_attention, reference, transition
 
 skip_without_kernels()
-pytestmark = [
-    pytest.mark.fuzz,
-    # The interpreter computes with numpy, which warns of what a GPU gives without a word.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.fuzz, *ON_KERNELS]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

@@ -1,5 +1,6 @@
 """Commands killed at random moments: what is left loads or is not there, and the same command then ends well."""
 
+import itertools
 import os
 import random
 import signal
@@ -86,8 +87,9 @@ def test_a_killed_command_leaves_what_loads(command, place, tmp_path, tries, rec
     duration = time.monotonic() - began
     check_what_is_left(command, tmp_path / "whole", finished=True)
     delays, killed = random.Random(command), 0
-    output = tmp_path / "killed"
-    for _ in range(KILLS[tries]):
+    outputs = (tmp_path / f"killed{index}" for index in itertools.count())
+    output = next(outputs)
+    while killed < KILLS[tries]:
         run = start(command, place, output)
         time.sleep(delays.uniform(0.3, 1.0) * duration)
         run.send_signal(signal.SIGKILL)
@@ -96,7 +98,7 @@ def test_a_killed_command_leaves_what_loads(command, place, tmp_path, tries, rec
         killed += run.returncode != 0
         check_what_is_left(command, output, finished=run.returncode == 0)
         if run.returncode == 0 or (output / "config.json").is_file() or output.is_file():  # another one, from the start
-            output = tmp_path / f"killed{killed}"
+            output = next(outputs)
     run = start(command, place, output)
     _, error = run.communicate(timeout=300)
     assert run.returncode == 0, error

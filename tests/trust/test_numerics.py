@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from helpers import attention_written_out, skip_without_kernels
+from helpers import ON_KERNELS, attention_written_out, skip_without_kernels
 
 from pm_kernels import backend, fused_merge_attention
 
 skip_without_kernels()
-pytestmark = [
-    pytest.mark.fuzz,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.fuzz, *ON_KERNELS]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["triton", "reference"]
 
