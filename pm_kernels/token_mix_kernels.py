@@ -134,20 +134,27 @@ def gather(
 
 @triton.jit
 def statistics(b_ys, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
-    """Mean and inverse standard deviation [ROWS] of whole rows, which are zero past WIDTH."""
+    """Mean and inverse standard deviation [ROWS] of whole rows, which are zero past WIDTH.
+
+    The sum's rounding is the mean's, and would make noise of a row of large equal numbers: what the distances from it
+    sum to is taken back.
+    """
     b_sum = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(len(PIECES)):
         b_sum += tl.sum(b_ys[i], 1)
     b_mean = b_sum / WIDTH
-    b_sum = tl.zeros([ROWS], tl.float32)
+    b_shift = tl.zeros([ROWS], tl.float32)
+    b_square = tl.zeros([ROWS], tl.float32)
     start = 0
     for i in tl.static_range(len(PIECES)):
         b_d = b_ys[i] - b_mean[:, None]
         if i + 1 == len(PIECES) and not WHOLE:
             b_d = tl.where((start + tl.arange(0, PIECES[i]) < WIDTH)[None, :], b_d, 0.0)
-        b_sum += tl.sum(b_d * b_d, 1)
+        b_shift += tl.sum(b_d, 1)
+        b_square += tl.sum(b_d * b_d, 1)
         start += PIECES[i]
-    return b_mean, tl.rsqrt(b_sum / WIDTH + eps)
+    b_shift /= WIDTH
+    return b_mean + b_shift, tl.rsqrt(tl.maximum(b_square / WIDTH - b_shift * b_shift, 0.0) + eps)
 
 
 @triton.jit
@@ -430,9 +437,12 @@ def mix(
             count = tl.minimum(width - w, COLUMNS).to(tl.float32)
             b_block = tl.sum(b_y, 1) / count
             b_d = tl.where(m_w, b_y - b_block[:, None], 0.0)
+            b_rounding = tl.sum(b_d, 1) / count  # see statistics
+            b_block += b_rounding
+            b_square += tl.maximum(tl.sum(b_d * b_d, 1) - b_rounding * b_rounding * count, 0.0)
             b_shift = b_block - b_mean
             share = count / (w + count)
-            b_square += tl.sum(b_d * b_d, 1) + b_shift * b_shift * w * share
+            b_square += b_shift * b_shift * w * share
             b_mean += b_shift * share
     if p_normed is not None:
         tl.debug_barrier()  # a row is read by other threads than wrote it

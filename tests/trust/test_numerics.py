@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import ON_KERNELS, attention_written_out, skip_without_kernels
 
-from pm_kernels import backend, fused_merge_attention
+from pm_kernels import BlockRows, SparseRows, backend, fused_merge_attention, token_mix, token_mix_layer_norm
 
 skip_without_kernels()
 pytestmark = [pytest.mark.fuzz, *ON_KERNELS]
@@ -117,3 +117,67 @@ def test_what_is_not_finite_comes_out_where_pytorch_gives_it(name, value, index)
 def test_the_equations_agree_with_themselves():
     qkv = tuple(x.double() for x in inputs())
     torch.testing.assert_close(stable(*qkv), attention_written_out(*qkv))
+
+
+STRUCTURES = {"dense": lambda matrix: matrix, "sparse": SparseRows.from_dense, "blocks": BlockRows.from_dense}
+
+
+def mix_inputs():
+    """x (2, 37, 45), and a matrix (11, 37) of two blocks, with one row of zeros."""
+    matrix = torch.rand(11, 37, device=DEVICE) + 0.1
+    matrix[:6, 17:] = 0
+    matrix[6:, :17] = 0
+    matrix[4] = 0
+    return torch.randn(2, 37, 45, device=DEVICE), matrix
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_a_mix_of_what_is_not_finite(name, value, kind):
+    """A row that takes it has it. Where the matrix is 0, a dense one gives NaN, as PyTorch's product does, a sparse one
+    does not look, and blocks look as far as their tiles go."""
+    x, matrix = mix_inputs()
+    expected = matrix @ x
+    x[1, 5, 3] = value
+    taking = matrix[:, 5] != 0
+    with backend(name):
+        found = token_mix(x, STRUCTURES[kind](matrix))
+    expected[1, taking, 3] = value
+    if kind == "dense":
+        expected[1, ~taking, 3] = torch.nan
+    elif kind == "blocks":
+        looked = ~taking & found[1, :, 3].isnan()
+        expected[1, looked, 3] = torch.nan
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_the_norm_of_rows_that_are_all_equal_is_the_bias(name, kind):
+    """Zeros, and a row of one number whatever its size: no direction, no division by 0, in gradients neither."""
+    x, matrix = mix_inputs()
+    x[0] = 1000.0
+    x.requires_grad_()
+    weight, bias = torch.randn(45, device=DEVICE), torch.randn(45, device=DEVICE)
+    with backend(name):
+        mixed, normed = token_mix_layer_norm(x, STRUCTURES[kind](matrix), weight, bias, 1e-6)
+    torch.testing.assert_close(normed[1, 4], bias)
+    exact = torch.nn.functional.layer_norm(mixed.double(), (45,), weight.double(), bias.double(), 1e-6)
+    torch.testing.assert_close(normed.double(), exact, rtol=1e-4, atol=1e-4)
+    assert torch.autograd.grad(normed.square().sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_sums_pass_the_range_of_the_dtype_only_where_their_result_does(name, kind):
+    """float16 ends at 65504: terms that cancel beyond it, and a row whose sum is."""
+    x = torch.full((1, 40, 16), 6e4, dtype=torch.float16, device=DEVICE)
+    matrix = torch.zeros(3, 40, dtype=torch.float16, device=DEVICE)
+    matrix[0, :8], matrix[0, 8:15] = 1, -1
+    matrix[1, 20:] = 1 / 20
+    matrix[2, 30:] = 1
+    with backend(name):
+        found = token_mix(x, STRUCTURES[kind](matrix))[0]
+    torch.testing.assert_close(found[:2].float(), torch.full((2, 16), 6e4, device=DEVICE), rtol=1e-3, atol=0)
+    assert (found[2] == torch.inf).all()
