@@ -64,20 +64,28 @@ def op_table(content: dict) -> str:
 
 
 def trust_tables(content: dict) -> str:
-    """Markdown: errors against float64 beside PyTorch's, and the cases that were tried, by file of tests."""
+    """Markdown: errors against float64 beside PyTorch's, the cases that each test tried, all tests by versions."""
     lines = ["| op | dtype | error against float64 | PyTorch's own |", "|---|---|---:|---:|"]
     cases: dict[str, int] = {}
     failed: set[str] = set()
+    versions = ["", "| versions | tests | skipped | passed |", "|---|---:|---:|---|"]
     for record in content["records"]:
         if "op" in record:
             lines.append(f"| {record['op']} | {record['dtype']} | {record['ours']:.1e} | {record['pytorch']:.1e} |")
+        elif "versions" in record:
+            cells = [record["versions"], str(record["tests"]), str(record["skipped"]), yes(record["passed"])]
+            versions.append("| " + " | ".join(cells) + " |")
         else:
             name = record["test"].split("[")[0]
             cases[name] = cases.get(name, 0) + record["cases"]
             failed |= {name} if not record["passed"] else set()
     lines += ["", "| test | cases | passed |", "|---|---:|---|"]
-    lines += [f"| {name} | {count} | {'no' if name in failed else 'yes'} |" for name, count in sorted(cases.items())]
-    return "\n".join(lines) + "\n"
+    lines += [f"| {name} | {count} | {yes(name not in failed)} |" for name, count in sorted(cases.items())]
+    return "\n".join(lines + versions) + "\n"
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def traffic_table(content: dict) -> str:

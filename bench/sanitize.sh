@@ -20,7 +20,8 @@ command -v compute-sanitizer >/dev/null || {
 for tool in memcheck racecheck initcheck; do
     log=$out/$tool.log
     PM_VIT_CASES=50 compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$log" \
-        python -m pytest -p no:cacheprovider -m "fuzz or not fuzz" tests/kernels tests/trust/test_kernels.py \
+        python -m pytest -p no:cacheprovider -m "fuzz or not fuzz" \
+        tests/kernels tests/trust/test_kernels.py tests/trust/test_configurations.py \
         >"$out/$tool.tests.log" 2>&1 || failed=1
     echo "$tool: $(tail -n 1 "$log")"
 done

@@ -1,7 +1,8 @@
 """What was tried to break the package, and how exact its ops are: the long property tests, and a table of errors.
 
-``python -m bench.trust`` runs ``pytest -m fuzz``, which takes about an hour on two cores, and writes trust.json: the
-cases that each test tried, and for every op and dtype its error against float64 beside that of PyTorch's own ops.
+``python -m bench.trust`` writes trust.json: for every op and dtype its error against float64 beside that of PyTorch's
+own ops; the cases that each test of ``pytest -m fuzz`` tried; and how all tests went on the oldest and the newest
+versions, which ``.ci/versions`` installs. It takes about an hour on two cores.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from . import results
 from .machine import describe
 
 ROOT = Path(__file__).parents[1]
+VERSIONED = ("torch ", "triton ", "timm ", "numpy ")  # as lines of .ci/versions begin
 Op = Callable[..., Tensor]
 
 
@@ -35,24 +37,50 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="tests at a time (%(default)s)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    records = [*errors(device), *tried(options.processes)]
+    records = [*errors(device), *tried(options.processes), *on_versions()]
     results.write(options.results / device / "trust.json", describe(device), records)
-    failed = [record["test"] for record in records if not record.get("passed", True)]
+    failed = [record.get("test") or record["versions"] for record in records if not record.get("passed", True)]
     print(f"{sum(record.get('cases', 0) for record in records)} cases; failed: {', '.join(failed) or 'none'}")
 
 
-def tried(processes: int) -> Iterator[dict]:
+def tried(processes: int, tests: str = "tests") -> Iterator[dict]:
     """The outcome of every test of ``pytest -m fuzz``, and how many cases it tried."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "fuzz", "-n", str(processes), "--junitxml", str(report)]
-        subprocess.run([*command, "tests"], cwd=ROOT, check=False)
+        subprocess.run([*command, tests], cwd=ROOT, check=False)
         for case in ElementTree.parse(report).iter("testcase"):
             if case.find("skipped") is None:
                 properties = {found.get("name"): found.get("value") for found in case.iter("property")}
                 name = f"{case.get('classname').removeprefix('tests.')}::{case.get('name')}"
                 passed = case.find("failure") is None and case.find("error") is None
                 yield {"test": name, "cases": int(properties.get("cases", 1)), "passed": passed}
+
+
+def on_versions() -> Iterator[dict]:
+    """The outcome of all tests on the oldest and on the newest versions of what the package needs.
+
+    Raises:
+        RuntimeError: no test ran, as where the versions cannot be installed.
+    """
+    for which in ("oldest", "newest"):
+        with tempfile.TemporaryDirectory() as folder:
+            report, lines = Path(folder) / "report.xml", []
+            command = [str(ROOT / ".ci" / "versions"), which, "--junitxml", str(report)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+                for line in run.stdout:
+                    print(line, end="", flush=True)
+                    lines.append(line)
+            if not report.is_file():
+                raise RuntimeError(f"{' '.join(command)} ended with status {run.returncode} before it ran a test")
+            counts = ElementTree.parse(report).find("testsuite").attrib
+        versions = [" ".join(line.split()) for line in lines if line.startswith(VERSIONED)]
+        yield {
+            "versions": ", ".join(versions),
+            "tests": int(counts["tests"]) - int(counts["skipped"]),
+            "skipped": int(counts["skipped"]),
+            "passed": run.returncode == 0,
+        }
 
 
 def errors(device: str) -> Iterator[dict]:

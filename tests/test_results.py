@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results
+from bench import report, results, trust
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(results.FOLDER.rglob("*.json"))
@@ -34,6 +34,23 @@ def test_another_commits_kernels_are_told_apart(tmp_path, monkeypatch):
     content = dict.fromkeys(("device", "threads", "torch", "triton", "timm", "commit", "date"), "x")
     text = report.origin(content, results.OTHER_KERNELS)
     assert text.endswith("**This file was measured on other kernels than these.**")
+
+
+def test_what_was_tried_is_counted(monkeypatch):
+    monkeypatch.setenv("PM_VIT_CASES", "7")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    records = list(trust.tried(0, "tests/trust/test_plans.py::test_a_plan_is_a_value"))
+    assert records == [{"test": "trust.test_plans::test_a_plan_is_a_value", "cases": 7, "passed": True}]
+
+
+def test_the_report_tells_what_was_tried():
+    errors = {"op": "mix", "dtype": "float16", "ours": 0.00123, "pytorch": 0.00211}
+    cases = [{"test": f"trust.test_plans::test_a[{name}]", "cases": 3, "passed": name == "x"} for name in "xy"]
+    versions = {"versions": "torch 2.11.0, triton 3.6.0", "tests": 5, "skipped": 1, "passed": True}
+    text = report.trust_tables({"records": [errors, *cases, versions]})
+    assert "| mix | float16 | 1.2e-03 | 2.1e-03 |" in text
+    assert "| trust.test_plans::test_a | 6 | no |" in text
+    assert "| torch 2.11.0, triton 3.6.0 | 5 | 1 | yes |" in text
 
 
 def test_the_digest_is_of_code_not_of_comments(tmp_path, monkeypatch):
