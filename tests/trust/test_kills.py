@@ -1,8 +1,9 @@
-"""Commands killed at random moments: what is left loads or is not there, and the same command then ends well."""
+"""Commands killed at random moments, or on a full disk: what is left loads or is not there, and they then end well."""
 
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from pm_models import compress, load_pretrained, save_pretrained
 from pm_models.export import load_onnx
 
+resource = pytest.importorskip("resource", reason="a system without limits for processes")
 pytestmark = [
     pytest.mark.fuzz,
     pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught"),
@@ -54,14 +56,17 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def start(command, place, output):
+def start(command, place, output, largest_file=None):
     places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places)), "OMP_NUM_THREADS": "1"}
     arguments = [argument.format(place) for argument in COMMANDS[command]]
-    return subprocess.Popen(
+    run = subprocess.Popen(
         [sys.executable, "-m", "pm_models", command, *arguments, "--output", str(output)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    if largest_file is not None:
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    return run
 
 
 def check_what_is_left(command, output, *, finished):
@@ -106,3 +111,27 @@ def test_a_killed_command_leaves_what_loads(command, place, tmp_path, tries, rec
     names = {path.name for path in (tmp_path / "whole").glob("*")}  # none for a file
     assert {path.name for path in output.glob("*")} == names
     record_property("cases", killed)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs limits for a process of one's own")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_an_error_that_says_so(command, place, tmp_path, tries, record_property):
+    """No file may grow past a limit, which acts as a disk does that is full."""
+    sizes, failed = random.Random(command), 0
+    outputs = (tmp_path / f"full{index}" for index in itertools.count())
+    output = next(outputs)
+    while failed < KILLS[tries]:
+        run = start(command, place, output, largest_file=int(2 ** sizes.uniform(8, 18)))
+        _, error = run.communicate(timeout=300)
+        check_what_is_left(command, output, finished=run.returncode == 0)
+        if run.returncode == 0:  # it was large enough
+            output = next(outputs)
+        else:
+            failed += 1
+            assert "Traceback" not in error
+            assert re.search(rf"pm-vit {command}: error: .*(written|too large|No space)", error), error
+    run = start(command, place, output)
+    _, error = run.communicate(timeout=300)
+    assert run.returncode == 0, error
+    check_what_is_left(command, output, finished=True)
+    record_property("cases", failed)
