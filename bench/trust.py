@@ -47,8 +47,8 @@ def tried(processes: int, tests: str = "tests") -> Iterator[dict]:
     """The outcome of every test of ``pytest -m fuzz``, and how many cases it tried."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "fuzz", "-n", str(processes), "--junitxml", str(report)]
-        subprocess.run([*command, tests], cwd=ROOT, check=False)
+        command = [sys.executable, "-m", "pytest", "-m", "fuzz", "-n", str(processes), "--dist", "worksteal"]
+        subprocess.run([*command, "--junitxml", str(report), tests], cwd=ROOT, check=False)
         for case in ElementTree.parse(report).iter("testcase"):
             if case.find("skipped") is None:
                 properties = {found.get("name"): found.get("value") for found in case.iter("property")}
