@@ -18,8 +18,18 @@ ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x
 SEGMENTATION_FILE, TRUST_FILE = "segmentation_camvid.json", "trust.json"
 MODEL_PEERS = ("dense_autotuned", "dense_eager", "literal", "ideal", "tome", "evit", "dynamicvit", "local_merge")
 SPEED, ACCURACY = "table of bench/results", "accuracy of bench/results"
-SEGMENTATION = "segmentation of bench/results"
+SEGMENTATION, TRUST = "segmentation of bench/results", "trust of bench/results"
 _END = "<!-- end -->"
+_TRIED = {  # what the tests of a promise try
+    "test_kernels": "random inputs of the kernels, against float64",
+    "test_configurations": "configurations of the kernels, against float64",
+    "test_numerics": "numbers at their edge: infinite, not a number, cancelling",
+    "test_plans": "random plans, and models of them, against their equations",
+    "test_determinism": "runs repeated, split and threaded otherwise",
+    "test_bad_files": "files truncated, changed, foreign or hostile",
+    "test_a_killed_command_leaves_what_loads": "commands killed at random moments",
+    "test_a_full_disk_is_an_error_that_says_so": "commands on a full disk",
+}
 _OF_A_MODEL = ("method", "keep_rate", "variant", "gmacs", "speedup", "activation_bytes")
 
 
@@ -226,6 +236,27 @@ def segmentation_block(folder: Path = results.FOLDER) -> str:
     return f"{segmentation_table(content)}\n{origins}\n![What the models see]({picture})\n"
 
 
+def trust_block(folder: Path = results.FOLDER) -> str:
+    """The README's last table, likewise: what was tried for each promise."""
+    found = [path for device in devices(folder) if (path := device / TRUST_FILE).exists()]
+    if not found:
+        return "Not measured yet.\n"
+    content, wrong = results.read(found[0])
+    tried: dict[str, list[dict]] = {}
+    for record in content["records"]:
+        if "test" in record:
+            module, test = record["test"].split("[")[0].split("::")
+            name = module.split(".")[-1]
+            tried.setdefault(_TRIED.get(test, _TRIED.get(name, name)), []).append(record)
+        elif "versions" in record:
+            tried[f"the tests on {record['versions']}"] = [{"cases": record["tests"], **record}]
+    lines = ["| tried | times | passed |", "|---|---:|---|"]
+    for name, records in tried.items():
+        passed = yes(all(record["passed"] for record in records))
+        lines.append(f"| {name} | {sum(record['cases'] for record in records):,} | {passed} |")
+    return "\n".join(lines) + f"\n\n{origin(content, wrong)}\n{_not_on_a_gpu(found[0].parent)}"
+
+
 def with_table(readme: str, marker: str, block: str) -> str:
     """The README's text with the table after a marker replaced."""
     before, rest = readme.split(f"<!-- {marker} -->\n")
@@ -387,7 +418,8 @@ def main() -> None:
     (results.FOLDER / "README.md").write_text(whole_report(results.FOLDER) + "\n", encoding="utf-8")
     text = with_table(README.read_text(encoding="utf-8"), SPEED, readme_block())
     text = with_table(text, ACCURACY, accuracy_block())
-    README.write_text(with_table(text, SEGMENTATION, segmentation_block()), encoding="utf-8")
+    text = with_table(text, SEGMENTATION, segmentation_block())
+    README.write_text(with_table(text, TRUST, trust_block()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="tests at a time (%(default)s)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    records = [*errors(device), *tried(options.processes), *on_versions()]
-    results.write(options.results / device / "trust.json", describe(device), records)
+    records: list[dict] = []
+    for part in (errors(device), tried(options.processes), on_versions()):
+        records += part
+        results.write(options.results / device / "trust.json", describe(device), records)
     failed = [record.get("test") or record["versions"] for record in records if not record.get("passed", True)]
     print(f"{sum(record.get('cases', 0) for record in records)} cases; failed: {', '.join(failed) or 'none'}")
 

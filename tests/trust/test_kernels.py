@@ -59,14 +59,14 @@ def test_attention(case):
 @st.composite
 def mix_inputs(draw):
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    batch, tokens, total = draw(st.integers(1, 2)), draw(ugly_sizes(129)), draw(ugly_sizes(70))
-    width, dtype = draw(st.one_of(ugly_sizes(70), st.sampled_from([192, 257]))), draw(st.sampled_from(DTYPES))
+    batch, tokens, total = draw(st.integers(1, 2)), draw(ugly_sizes(70)), draw(ugly_sizes(40))
+    width, dtype = draw(st.one_of(ugly_sizes(70), st.sampled_from([129, 192]))), draw(st.sampled_from(DTYPES))
     carried = draw(st.integers(0, tokens - 1))
     rows = draw(st.integers(1, total))
     matrix = torch.randn(total, tokens, device=DEVICE) / tokens**0.5
     kind = draw(st.sampled_from(["dense", "sparse", "blocks"]))
     if kind == "sparse":
-        matrix *= torch.rand(matrix.shape, device=DEVICE) < draw(st.sampled_from([0.0, 0.03, 0.3]))
+        matrix *= torch.rand(matrix.shape, device=DEVICE) < draw(st.sampled_from([0.0, 0.03, 0.2]))
     elif kind == "blocks":
         matrix[: total // 2, : tokens // 3] = 0
         matrix[total // 2 :, tokens // 3 :] = 0
