@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from pm_kernels import SparseRows, backend, fused_merge_attention, token_mix, token_mix_layer_norm
 
 from . import results
-from .machine import describe
+from .machine import describe, versions
 
 ROOT = Path(__file__).parents[1]
 VERSIONED = ("torch ", "triton ", "timm ", "numpy ")  # as lines of .ci/versions begin
@@ -33,19 +33,47 @@ Op = Callable[..., Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.trust", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "parts", nargs="*", default=["errors", "tests", "oldest", "newest"],
+        help="errors, oldest, newest, or files or folders of tests; what else the file holds stays (default: all)",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="write <device>/trust.json here")
     parser.add_argument("--processes", type=int, default=2, help="tests at a time (%(default)s)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    records: list[dict] = []
-    for part in (errors(device), tried(options.processes), on_versions()):
-        records += part
-        results.write(options.results / device / "trust.json", describe(device), records)
-    failed = [record.get("test") or record["versions"] for record in records if not record.get("passed", True)]
+    path = options.results / device / "trust.json"
+    records = []
+    for part in options.parts:
+        if part == "errors":
+            found = errors(device)
+        elif part in ("oldest", "newest"):
+            found = on_versions(part)
+        else:
+            found = tried(options.processes, part)
+        records = joined(path, list(found))
+        results.write(path, describe(device), records)
+    failed = [_name(record) for record in records if not record.get("passed", True)]
     print(f"{sum(record.get('cases', 0) for record in records)} cases; failed: {', '.join(failed) or 'none'}")
 
 
-def tried(processes: int, tests: str = "tests") -> Iterator[dict]:
+def joined(path: Path, found: list[dict]) -> list[dict]:
+    """``found``, and what a file of the same kernels holds beside it; each record with the commit that it is of."""
+    commit = versions()["commit"]
+    found = [record | {"commit": commit} for record in found]
+    names = {_name(record) for record in found}
+    content, wrong = results.read(path) if path.is_file() else ({"records": []}, "")
+    kept = [] if wrong else [record for record in content["records"] if _name(record) not in names]
+    return [*({"commit": content["commit"]} | record for record in kept), *found]
+
+
+def _name(record: dict) -> str:
+    """What it is a record of."""
+    if "op" in record:
+        return f"{record['op']}, {record['dtype']}"
+    return record.get("test") or record["versions"]
+
+
+def tried(processes: int, tests: str) -> Iterator[dict]:
     """The outcome of every test of ``pytest -m fuzz``, and how many cases it tried."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -59,30 +87,29 @@ def tried(processes: int, tests: str = "tests") -> Iterator[dict]:
                 yield {"test": name, "cases": int(properties.get("cases", 1)), "passed": passed}
 
 
-def on_versions() -> Iterator[dict]:
-    """The outcome of all tests on the oldest and on the newest versions of what the package needs.
+def on_versions(which: str) -> Iterator[dict]:
+    """The outcome of all tests on the oldest or on the newest versions of what the package needs.
 
     Raises:
         RuntimeError: no test ran, as where the versions cannot be installed.
     """
-    for which in ("oldest", "newest"):
-        with tempfile.TemporaryDirectory() as folder:
-            report, lines = Path(folder) / "report.xml", []
-            command = [str(ROOT / ".ci" / "versions"), which, "--junitxml", str(report)]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-                for line in run.stdout:
-                    print(line, end="", flush=True)
-                    lines.append(line)
-            if not report.is_file():
-                raise RuntimeError(f"{' '.join(command)} ended with status {run.returncode} before it ran a test")
-            counts = ElementTree.parse(report).find("testsuite").attrib
-        versions = [" ".join(line.split()) for line in lines if line.startswith(VERSIONED)]
-        yield {
-            "versions": ", ".join(versions),
-            "tests": int(counts["tests"]) - int(counts["skipped"]),
-            "skipped": int(counts["skipped"]),
-            "passed": run.returncode == 0,
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        report, lines = Path(folder) / "report.xml", []
+        command = [str(ROOT / ".ci" / "versions"), which, "--junitxml", str(report)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+            for line in run.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+        if not report.is_file():
+            raise RuntimeError(f"{' '.join(command)} ended with status {run.returncode} before it ran a test")
+        counts = ElementTree.parse(report).find("testsuite").attrib
+    skipped = int(counts["skipped"])
+    yield {
+        "versions": ", ".join(" ".join(line.split()) for line in lines if line.startswith(VERSIONED)),
+        "tests": int(counts["tests"]) - skipped,
+        "skipped": skipped,
+        "passed": run.returncode == 0,
+    }
 
 
 def errors(device: str) -> Iterator[dict]:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from .card import model_card, replaces_card
 from .data import input_size
+from .files import allow_default_mode, unfinished
 from .plan import CompressionPlan, StagePlan
 from .registry import PREFIX, registered_name
 from .segmenter import Model, Segmenter, encoder_of, set_norm_eps, shared_norm_eps
@@ -76,10 +76,11 @@ def save_pretrained(
             "model has no architecture name to rebuild it from; create it with timm.create_model(name, ...), which "
             "takes every argument of VisionTransformer"
         )
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder = Path(os.path.abspath(folder))
+    staging = unfinished(folder)
+    shutil.rmtree(staging, ignore_errors=True)
     try:
+        staging.mkdir(parents=True)
         name = encoder.pretrained_cfg["architecture"].removeprefix(PREFIX)
         arguments = dict(model_args or {})
         if isinstance(encoder, Compressed):
@@ -98,7 +99,7 @@ def save_pretrained(
             rebuilt = _build(staging)
         _check_same_model(model, rebuilt)
         (staging / CARD_NAME).write_text(model_card(model, name, results or {}), encoding="utf-8")
-        staging.chmod(0o755)
+        allow_default_mode(staging / WEIGHTS_NAME)
         folder.mkdir(exist_ok=True)
         for name in (CARD_NAME, WEIGHTS_NAME, CONFIG_NAME):
             if name != CARD_NAME or replaces_card(folder / name):

@@ -1,10 +1,17 @@
 """Files that appear whole or not at all."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def unfinished(path: Path) -> Path:
+    """Where what will be at ``path`` is written: hidden, beside it.
+
+    The name is the same every time, so that what a killed process left there is overwritten by the next.
+    """
+    return path.with_name(f".{path.name}.new")
 
 
 @contextmanager
@@ -12,14 +19,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it replaces ``path`` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
+    temporary = unfinished(path)
+    temporary.unlink(missing_ok=True)
     try:
-        yield Path(temporary)
-        _allow_default_mode(temporary)
+        yield temporary
+        allow_default_mode(temporary)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -28,8 +35,8 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def _allow_default_mode(path: str) -> None:
-    """Give a mkstemp file, private by default, the mode that a plain ``open`` would have given it."""
+def allow_default_mode(path: Path) -> None:
+    """Give a file that a library wrote as private the mode that a plain ``open`` would have given it."""
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
+    path.chmod(0o666 & ~mask)

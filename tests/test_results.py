@@ -43,6 +43,20 @@ def test_what_was_tried_is_counted(monkeypatch):
     assert records == [{"test": "trust.test_plans::test_a_plan_is_a_value", "cases": 7, "passed": True}]
 
 
+def test_what_is_tried_again_replaces_what_was(tmp_path, monkeypatch):
+    path = tmp_path / "trust.json"
+    first = [{"test": "a", "cases": 1, "passed": False}, {"versions": "torch 2", "tests": 3, "passed": True}]
+    results.write(path, {}, trust.joined(path, first))
+    again = {"test": "a", "cases": 2, "passed": True}
+    *_, joined = records = trust.joined(path, [again])
+    assert len(records) == 2
+    assert joined.pop("commit")
+    assert joined == again
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "kernels_digest", lambda: "another")
+        assert len(trust.joined(path, [again])) == 1
+
+
 def test_the_report_tells_what_was_tried():
     errors = {"op": "mix", "dtype": "float16", "ours": 0.00123, "pytorch": 0.00211}
     cases = [{"test": f"trust.test_plans::test_a[{name}]", "cases": 3, "passed": name == "x"} for name in "xy"]

@@ -200,6 +200,22 @@ def test_truncated_weights(tmp_path, size):
         load_pretrained(tmp_path)
 
 
+def test_what_a_killed_process_left_is_overwritten(tmp_path):
+    """Beside a model and a plan, half-written; and the files are as readable as any that are written."""
+    model = compressed_vit()
+    (tmp_path / ".model.new").mkdir()
+    (tmp_path / ".model.new" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".plan.json.new").write_bytes(b"half of a plan, which is longer than the whole" * 1000)
+    save_pretrained(model, tmp_path / "model")
+    model.plan.save(tmp_path / "plan.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plan.json"]
+    assert CompressionPlan.load(tmp_path / "plan.json") == model.plan
+    load_pretrained(tmp_path / "model")
+    (tmp_path / "plain").touch()
+    written = [tmp_path / "plan.json", *(tmp_path / "model").iterdir()]
+    assert {path.stat().st_mode for path in written} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_weights_of_another_model(tmp_path):
     save_pretrained(compressed_vit(), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
