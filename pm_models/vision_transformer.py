@@ -277,7 +277,8 @@ class Compressed(nn.Module):
         return self._run_folded(readout, x, positions, maps or {})
 
     def _is_literal(self) -> bool:
-        return self._execution == "literal" or self.merge_site == "attention" or not self.stages
+        # Dynamo of PyTorch 2.11 traces the length of modules, not their truth.
+        return self._execution == "literal" or self.merge_site == "attention" or len(self.stages) == 0
 
     def _run_literal(self, x: Tensor, positions: list[dict[str, Tensor]], maps: dict[int, Tensor | None]) -> Tensor:
         """Section 3 of the paper: ``y = M x``, the blocks, ``x = R y + (1 - mask) * x``; always all N tokens.
