@@ -254,7 +254,9 @@ def trust_block(folder: Path = results.FOLDER) -> str:
     for name, records in tried.items():
         passed = yes(all(record["passed"] for record in records))
         lines.append(f"| {name} | {sum(record['cases'] for record in records):,} | {passed} |")
-    return "\n".join(lines) + f"\n\n{origin(content, wrong)}\n{_not_on_a_gpu(found[0].parent)}"
+    commits = ", ".join(sorted({record["commit"] for record in content["records"]}))
+    origins = f"{origin(content, wrong)} Its parts were tried at commits {commits}."
+    return "\n".join(lines) + f"\n\n{origins}\n{_not_on_a_gpu(found[0].parent)}"
 
 
 def with_table(readme: str, marker: str, block: str) -> str:

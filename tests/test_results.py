@@ -71,7 +71,8 @@ def test_the_readme_sums_up_what_was_tried(tmp_path):
     names = ["test_kernels::test_mixes", "test_kernels::test_attention", "test_kills::test_of_what_comes_next[x]"]
     cases = [{"test": f"trust.{name}", "cases": 1000, "passed": "mixes" not in name} for name in names]
     versions = {"versions": "torch 2.11.0", "tests": 2000, "skipped": 1, "passed": True}
-    results.write(tmp_path / "cpu" / "trust.json", {"device": "cpu: x", "threads": 1}, [*cases, versions])
+    records = trust.joined(tmp_path / "cpu" / "trust.json", [*cases, versions])
+    results.write(tmp_path / "cpu" / "trust.json", {"device": "cpu: x", "threads": 1}, records)
     results.write(tmp_path / "cpu" / "model.json", {}, [])
     text = report.trust_block(tmp_path)
     assert "| random inputs of the kernels, against float64 | 2,000 | no |" in text
