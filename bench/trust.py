@@ -21,7 +21,15 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 
-from pm_kernels import SparseRows, backend, fused_merge_attention, token_mix, token_mix_layer_norm
+from pm_kernels import (
+    SparseRows,
+    backend,
+    fused_merge_attention,
+    fused_merge_attention_qkv,
+    token_mix,
+    token_mix_layer_norm,
+    transition,
+)
 
 from . import results
 from .machine import describe, versions
@@ -139,6 +147,7 @@ def _ops(device: str) -> dict[str, tuple[Op, Op, list[Tensor]]]:
     x, matrix = torch.randn(2, 118, 192, device=device), torch.randn(70, 118, device=device) / 118**0.5
     few = matrix * (torch.rand(matrix.shape, device=device) < 0.03)
     weight, offset = torch.randn(192, device=device), torch.randn(192, device=device)
+    update, qkv = torch.randn(2, 100, 192, device=device), torch.randn(2, 118, 3, 3, 64, device=device)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -148,11 +157,23 @@ def _ops(device: str) -> dict[str, tuple[Op, Op, list[Tensor]]]:
         # A gate on the columns is one on the values.
         return F.scaled_dot_product_attention(q, k, v * gate.unsqueeze(1), attn_mask=bias.expand(1, 1, 70, 70))
 
-    def sparse(x: Tensor, matrix: Tensor) -> Tensor:
-        return token_mix(x, SparseRows.from_dense(few.to(matrix))._replace(values=matrix[few != 0]))
+    def packed(qkv: Tensor) -> Tensor:
+        return sdpa(*qkv.permute(2, 0, 3, 1, 4))
+
+    def rows_of(matrix: Tensor) -> SparseRows:
+        return SparseRows.from_dense(few.to(matrix))._replace(values=matrix[few != 0])
 
     def norm(x: Tensor, matrix: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
         return F.layer_norm(matrix @ x, (192,), weight, offset, 1e-6)
+
+    def step(x: Tensor, update: Tensor, matrix: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+        x, carried = x.split([100, 18], dim=1)
+        return torch.cat(transition(x, carried, rows_of(matrix), 60, update=update, norm=(weight, offset, 1e-6)), dim=1)
+
+    def steps(x: Tensor, update: Tensor, matrix: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+        x, carried = x.split([100, 18], dim=1)
+        mixed = (matrix * (few != 0)) @ torch.cat([x + update, carried], dim=1)
+        return torch.cat([mixed, F.layer_norm(mixed[:, :60], (192,), weight, offset, 1e-6)], dim=1)
 
     return {
         "attention": (fused_merge_attention, sdpa, [q, k, v]),
@@ -161,13 +182,19 @@ def _ops(device: str) -> dict[str, tuple[Op, Op, list[Tensor]]]:
             merged,
             [q, k, v, merge, bias, gate],
         ),
+        "attention of packed qkv": (fused_merge_attention_qkv, packed, [qkv]),
         "token mix, dense": (token_mix, lambda x, matrix: matrix @ x, [x, matrix]),
-        "token mix, sparse": (sparse, lambda x, matrix: (matrix * (few != 0)) @ x, [x, few]),
+        "token mix, sparse": (
+            lambda x, matrix: token_mix(x, rows_of(matrix)),
+            lambda x, matrix: (matrix * (few != 0)) @ x,
+            [x, few],
+        ),
         "token mix and LayerNorm": (
             lambda *given: token_mix_layer_norm(*given, 1e-6)[1],
             norm,
             [x, matrix, weight, offset],
         ),
+        "transition": (step, steps, [x, update, few, weight, offset]),
     }
 
 
