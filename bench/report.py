@@ -194,11 +194,13 @@ def accuracy_note(content: dict) -> str:
 
 
 def origin(content: dict, wrong: str) -> str:
-    """What was measured, when, on what."""
+    """What was measured, when, on what, and the commits of the runs in it where they were made before."""
     facts = [content["device"]]
     facts += [f"driver {content['driver']}"] if "driver" in content else [f"{content['threads']} threads"]
     facts += [f"{name} {content[name]}" for name in ("torch", "triton", "timm")]
     text = f"{', '.join(facts)}, commit {content['commit']}, {content['date'][:10]}."
+    commits = sorted({record["commit"] for record in content["records"] if "commit" in record})
+    text += f" The runs in it are of commits {', '.join(commits)}." if commits else ""
     return text + (f" **This file was {wrong}.**" if wrong else "")
 
 
@@ -254,9 +256,7 @@ def trust_block(folder: Path = results.FOLDER) -> str:
     for name, records in tried.items():
         passed = yes(all(record["passed"] for record in records))
         lines.append(f"| {name} | {sum(record['cases'] for record in records):,} | {passed} |")
-    commits = ", ".join(sorted({record["commit"] for record in content["records"]}))
-    origins = f"{origin(content, wrong)} Its parts were tried at commits {commits}."
-    return "\n".join(lines) + f"\n\n{origins}\n{_not_on_a_gpu(found[0].parent)}"
+    return "\n".join(lines) + f"\n\n{origin(content, wrong)}\n{_not_on_a_gpu(found[0].parent)}"
 
 
 def with_table(readme: str, marker: str, block: str) -> str:

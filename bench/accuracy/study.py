@@ -171,7 +171,7 @@ class Study(ABC):
         """Those of ``prune_and_merge`` at the run's keep rate."""
         return count_gmacs(self.compress(self.plan(run)), input_size(self.dense))
 
-    def measure(self, path: Path, runs: list[Run], rounds: int = 20) -> None:
+    def measure(self, path: Path, runs: list[Run], rounds: int = 60) -> None:
         """Time the model of every finished run, seeds aside, all in turns, and write the result file."""
         done = [run for run in runs if self._record(run).is_file()]
         device = self.accelerator.device
