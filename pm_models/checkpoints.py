@@ -3,8 +3,8 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import timm
@@ -77,10 +77,10 @@ def save_pretrained(
             "takes every argument of VisionTransformer"
         )
     folder = Path(os.path.abspath(folder))
-    staging = unfinished(folder)
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
+    exists = folder.is_dir()
+    # In a folder that exists, as what is beside it may be another's.
+    with unfinished(folder / WEIGHTS_NAME if exists else folder) as staging:
+        staging.mkdir()
         name = encoder.pretrained_cfg["architecture"].removeprefix(PREFIX)
         arguments = dict(model_args or {})
         if isinstance(encoder, Compressed):
@@ -100,12 +100,13 @@ def save_pretrained(
         _check_same_model(model, rebuilt)
         (staging / CARD_NAME).write_text(model_card(model, name, results or {}), encoding="utf-8")
         allow_default_mode(staging / WEIGHTS_NAME)
-        folder.mkdir(exist_ok=True)
+        if not exists:
+            with suppress(OSError):  # another process was first
+                staging.rename(folder)
+                return
         for name in (CARD_NAME, WEIGHTS_NAME, CONFIG_NAME):
             if name != CARD_NAME or replaces_card(folder / name):
                 os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> Model:

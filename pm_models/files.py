@@ -1,32 +1,70 @@
 """Files that appear whole or not at all."""
 
+import itertools
 import os
+import shutil
+import socket
+import stat
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 
-def unfinished(path: Path) -> Path:
-    """Where what will be at ``path`` is written: hidden, beside it.
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_numbers = itertools.count()
 
-    The name is the same every time, so that what a killed process left there is overwritten by the next.
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Where what will be at ``path``, a file or a folder, is written: hidden, beside it, and removed at the end.
+
+    Processes and threads that write to one path have a place each, whose name says whose it is, so that what a killed
+    process left is removed by the next write to that path.
     """
-    return path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.iterdir():
+        if _is_abandoned(left, path):
+            _remove(left)
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{next(_numbers)}.new")
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def _is_abandoned(left: Path, path: Path) -> bool:
+    """Whether ``left`` was written for ``path`` by a process of this machine that has ended."""
+    start, end = f".{path.name}.{_HOST}-", ".new"
+    process = left.name.removeprefix(start).removesuffix(end).split("-")[0]
+    if not (left.name.startswith(start) and left.name.endswith(end) and process.isdecimal()):
+        return False
+    try:
+        # A process that began later has only the same number.
+        return psutil.Process(int(process)).create_time() > left.stat().st_mtime
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it replaces ``path`` when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = unfinished(path)
-    temporary.unlink(missing_ok=True)
-    try:
+    with unfinished(path) as temporary:
         yield temporary
         allow_default_mode(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -37,6 +75,6 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 def allow_default_mode(path: Path) -> None:
     """Give a file that a library wrote as private the mode that a plain ``open`` would have given it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with unfinished(path) as plain:
+        plain.touch()
+        path.chmod(stat.S_IMODE(plain.stat().st_mode))

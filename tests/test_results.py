@@ -25,15 +25,22 @@ def test_an_edited_file_is_told_apart(tmp_path):
     assert results.read(path)[1] == results.EDITED
 
 
+FACTS = dict.fromkeys(("device", "threads", "torch", "triton", "timm", "commit", "date"), "x")
+
+
 def test_another_commits_kernels_are_told_apart(tmp_path, monkeypatch):
     path = tmp_path / "suite.json"
     with monkeypatch.context() as patched:
         patched.setattr(results, "kernels_digest", lambda: "another")
         results.write(path, {}, [])
     assert results.read(path)[1] == results.OTHER_KERNELS
-    content = dict.fromkeys(("device", "threads", "torch", "triton", "timm", "commit", "date"), "x")
-    text = report.origin(content, results.OTHER_KERNELS)
-    assert text.endswith("**This file was measured on other kernels than these.**")
+    text = report.origin({**FACTS, "records": [{}]}, results.OTHER_KERNELS)
+    assert text.endswith("commit x, x. **This file was measured on other kernels than these.**")
+
+
+def test_the_commits_of_runs_made_before_are_told():
+    records = [{"commit": "b"}, {"commit": "a"}, {"commit": "b"}]
+    assert report.origin({**FACTS, "records": records}, "").endswith("commit x, x. The runs in it are of commits a, b.")
 
 
 def test_what_was_tried_is_counted(monkeypatch):

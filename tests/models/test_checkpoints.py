@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -15,12 +18,14 @@ from timm.models.vision_transformer import VisionTransformer
 from pm_models import (
     CompressionPlan,
     PMVisionTransformer,
+    checkpoints,
     compress,
     load_authors_checkpoint,
     load_pretrained,
     save_pretrained,
 )
 from pm_models.checkpoints import load_state_file
+from pm_models.files import unfinished
 from pm_models.measure import count_gmacs
 
 FILES = {"README.md", "config.json", "model.safetensors"}
@@ -200,20 +205,63 @@ def test_truncated_weights(tmp_path, size):
         load_pretrained(tmp_path)
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path):
+LEFT_BEHIND = """
+import os, sys
+from pathlib import Path
+from pm_models.files import unfinished
+
+folder = Path(sys.argv[1])
+with unfinished(folder / "model") as model, unfinished(folder / "plan.json") as plan:
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"half")
+    plan.write_bytes(b"half of a plan")
+    os._exit(1)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
     """Beside a model and a plan, half-written; and the files are as readable as any that are written."""
+    assert subprocess.run([sys.executable, "-c", LEFT_BEHIND, tmp_path]).returncode == 1
+    assert len(list(tmp_path.iterdir())) == 2
     model = compressed_vit()
-    (tmp_path / ".model.new").mkdir()
-    (tmp_path / ".model.new" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".plan.json.new").write_bytes(b"half of a plan, which is longer than the whole" * 1000)
-    save_pretrained(model, tmp_path / "model")
-    model.plan.save(tmp_path / "plan.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plan.json"]
+    with unfinished(tmp_path / "model") as by_this_process:
+        by_this_process.touch()
+        save_pretrained(model, tmp_path / "model")
+        model.plan.save(tmp_path / "plan.json")
+        assert {path.name for path in tmp_path.iterdir()} == {"model", "plan.json", by_this_process.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "plan.json"}
     assert CompressionPlan.load(tmp_path / "plan.json") == model.plan
     load_pretrained(tmp_path / "model")
     (tmp_path / "plain").touch()
     written = [tmp_path / "plan.json", *(tmp_path / "model").iterdir()]
     assert {path.stat().st_mode for path in written} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_many_write_one_path(tmp_path):
+    """As the processes of a run do where each saves: what is there is always one of theirs, whole."""
+    models = [compressed_vit(), compressed_vit()]
+
+    def save(index):
+        model = models[index % 2]
+        save_pretrained(model, tmp_path / "model")
+        model.plan.save(tmp_path / "plan.json")
+        return CompressionPlan.load(tmp_path / "plan.json")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(plan in [model.plan for model in models] for plan in pool.map(save, range(24)))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "plan.json"}
+    assert len(list((tmp_path / "model").iterdir())) == 3
+    load_pretrained(tmp_path / "model")
+
+
+def test_saving_in_a_folder_that_exists_needs_no_other(tmp_path, monkeypatch):
+    """Such as a mounted one, of whose parent a container may write nothing."""
+    found = []
+    monkeypatch.setattr(checkpoints, "model_card", lambda *_: found.extend(tmp_path.iterdir()) or "")
+    (tmp_path / "model").mkdir()
+    save_pretrained(compressed_vit(), tmp_path / "model")
+    assert found == [tmp_path / "model"]
+    assert len(list((tmp_path / "model").iterdir())) == 3
 
 
 def test_weights_of_another_model(tmp_path):

@@ -110,6 +110,7 @@ def test_a_killed_command_leaves_what_loads(command, place, tmp_path, tries, rec
     check_what_is_left(command, output, finished=True)
     names = {path.name for path in (tmp_path / "whole").glob("*")}  # none for a file
     assert {path.name for path in output.glob("*")} == names
+    assert not list(tmp_path.glob(f".{output.name}.*"))
     record_property("cases", killed)
 
 
