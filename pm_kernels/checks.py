@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
 from .sparse import LISTED, BlockRows, Matrix, SparseRows
 
 
@@ -188,7 +189,7 @@ def _check_same(like: Tensor, like_name: str, dtype: bool, **tensors: Tensor | N
             continue
         if tensor.device != like.device:
             raise ValueError(f"{name} must be on {like.device}, the device of {like_name}, got {tensor.device}")
-        if dtype and tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        if dtype and tensor.dtype != like.dtype and autocast_dtype(like) is None:
             raise TypeError(f"{name} must have the dtype of {like_name}, {like.dtype}, got {tensor.dtype}")
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autocast import autocast_inputs
+from .autocast import autocast_dtype, autocast_inputs
 from .backend import full_precision, use_kernels
 from .checks import check_layer_norm, check_token_mix, check_transition
 from .sparse import BlockRows, Matrix, SparseRows
@@ -152,7 +152,7 @@ def _rows(matrix: Matrix) -> int:
 def _autocast(
     x: Tensor, update: Tensor | None, carried: Tensor | None, matrix: Matrix
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Matrix]:
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is None:
         return x, update, carried, matrix
     if isinstance(matrix, Tensor):
         return autocast_inputs(x, update, carried, matrix)

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, LayerNorm, apply_rot_embed_cat
-from timm.models.eva import EvaAttention, EvaBlock
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pm_kernels import fused_merge_attention, fused_merge_attention_qkv, token_mix
+from pm_kernels import fused_merge_attention, fused_merge_attention_qkv
 
-from .rewiring import Rewired
+from .modules import is_touched
 
 
 class FusedAttention(nn.Module):
@@ -80,7 +80,7 @@ class PMAttention(FusedAttention, Attention):
         ``merge`` (C, N) merges queries, keys and values: (B, N, D) -> (B, C, D).
         """
         refuse_masks(attn_mask, is_causal)
-        if attended is None and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+        if attended is None and _is_nothing(self.q_norm) and _is_nothing(self.k_norm):
             qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
             out = fused_merge_attention_qkv(qkv, merge, **self.options)
         else:
@@ -95,8 +95,7 @@ class PMAttention(FusedAttention, Attention):
 
     def _heads(self, packed: Tensor) -> tuple[Tensor, ...]:
         """(B, N, n * H * d) as n views (B, H, N, d)."""
-        batch, tokens, _ = packed.shape
-        return packed.reshape(batch, tokens, -1, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return packed.unflatten(-1, (-1, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _split_projection(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight and bias of the queries' projection, and of the keys' and values'."""
@@ -144,7 +143,8 @@ class RotaryAttention(FusedAttention):
             projected = self.qkv(x).chunk(3, dim=-1)
         else:
             bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            projected = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+            packed = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+            projected = packed.chunk(3, dim=-1)
         return (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
 
     def _rotated(self, heads: Tensor, rope: Tensor) -> Tensor:
@@ -168,127 +168,19 @@ _FUSED: dict[type[nn.Module], type[FusedAttention]] = {
 }
 
 
+def _is_nothing(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) and not is_touched(module)
+
+
 def fuse(attention: nn.Module, **options: Tensor | None) -> FusedAttention:
     """One of timm's attentions, or one that is fused already, as :class:`FusedAttention` with ``options``."""
     return _FUSED.get(type(attention), type(attention))(attention, **options)
 
 
-def runs_rewired(block: nn.Module) -> bool:
-    """Whether the block is timm's plain Block or EvaBlock, which :func:`run_block` can take apart, with nothing around.
-
-    Hooks, wrappers and adapters expect to see the block's whole input and output.
-    """
-    return type(block) in (Block, EvaBlock) and not _has_hooks(block)
-
-
-def attends_apart(block: nn.Module) -> bool:
-    """Whether :func:`run_block` can run some rows of the block: its attention is a fused one."""
-    return runs_rewired(block) and isinstance(block.attn, FusedAttention) and block.attn.takes_rows
-
-
-def opening_norm(block: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and epsilon of the LayerNorm that the block starts with, where :func:`run_block` can be given it."""
-    if not runs_rewired(block):
-        return None
-    norm = block.norm1
-    plain = type(norm) in (nn.LayerNorm, LayerNorm) and not _has_hooks(norm) and len(norm.normalized_shape) == 1
-    if not plain or norm.weight is None or norm.bias is None:
-        return None
-    return norm.weight, norm.bias, norm.eps
-
-
-def run_block(
-    block: nn.Module,
-    x: Tensor,
-    *,
-    normed: Tensor | None = None,
-    rows: int | None = None,
-    apart: bool = False,
-    **positions: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """``block(x)`` for x (B, N, D), by timm's own forward on rewired attributes.
-
-    Args:
-        block: a timm block; with any option, one that :func:`runs_rewired`.
-        x: (B, N, D).
-        normed: (B, N, D), ``block.norm1(x)`` where it is there already.
-        rows: compute the first rows alone, which still attend to all of x; the block :func:`attends_apart`.
-        apart: leave the last sum to be done.
-        positions: what the block takes beside x, ``rope``.
-
-    Returns:
-        The result (B, N or rows, D) and ``None``, or the two terms of its last sum.
-    """
-    replaced: dict[str, object] = {}
-    if rows is not None:
-        attended = block.norm1(x) if normed is None else normed
-
-        def attention(queries: Tensor, **given: object) -> Tensor:
-            return block.attn(queries, **given, attended=attended)
-
-        replaced["attn"] = attention
-        x, normed = x[:, :rows], attended[:, :rows]
-    if normed is not None:
-        replaced["norm1"] = lambda _: normed
-    if apart:
-        return _without_last_sum(block, x, replaced, positions)
-    if not replaced:
-        return block(x, **positions), None
-    return type(block).forward(Rewired(block, **replaced), x, **positions), None
-
-
-class _Term:
-    """What a sum with a tensor makes a pair of."""
-
-    def __init__(self, term: Tensor) -> None:
-        self.term = term
-
-    def __radd__(self, other: Tensor) -> tuple[Tensor, Tensor]:
-        return other, self.term
-
-
-def _without_last_sum(
-    block: Block | EvaBlock, x: Tensor, replaced: dict[str, object], positions: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    forward = type(block).forward
-    if not torch.compiler.is_compiling():
-        return forward(Rewired(block, **replaced, drop_path2=lambda x: _Term(block.drop_path2(x))), x, **positions)
-    # A compiler knows no sums of tensors with other things; it drops the one that nothing reads.
-    terms = []
-
-    def norm(x: Tensor) -> Tensor:
-        terms.append(x)
-        return block.norm2(x)
-
-    def drop_path(x: Tensor) -> Tensor:
-        terms.append(block.drop_path2(x))
-        return terms[-1]
-
-    forward(Rewired(block, **replaced, norm2=norm, drop_path2=drop_path), x, **positions)
-    return tuple(terms)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
-
-
 def merges_inside(block: nn.Module) -> bool:
-    """Whether :func:`run_merging` can run the block: timm's plain Block on its plain Attention, without output gate."""
+    """Whether the block can merge inside its attention: timm's plain Block and Attention, without output gate."""
     attention = getattr(block, "attn", None)
     return type(block) is Block and type(attention) is Attention and getattr(attention, "gate", None) is None
-
-
-def run_merging(block: Block, x: Tensor, merge: Tensor) -> Tensor:
-    """The block with its merge inside the attention: (B, N, D) and merge (C, N) -> (B, C, D).
-
-    The first norm and the projection to queries, keys and values run on all N tokens, the rest on the C merged ones.
-    """
-    attended = block.norm1(x)
-
-    def attention(_: Tensor, **masks: object) -> Tensor:
-        return block.attn(attended, **masks, merge=merge)
-
-    return Block.forward(Rewired(block, norm1=nn.Identity(), attn=attention), token_mix(x, merge))
 
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -296,7 +188,13 @@ def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
 
     Raises:
         ValueError: a mask or causality is asked for.
+        TypeError: the model is traced by ``torch.fx``, which makes symbols of all arguments.
     """
+    if isinstance(attn_mask, torch.fx.Proxy):
+        raise TypeError(
+            "a compressed model cannot be traced by torch.fx.symbolic_trace; trace it by torch.export.export(model, "
+            "(images,)), and take features from forward_intermediates"
+        )
     if attn_mask is not None:
         raise ValueError("attn_mask must be None: a mask over tokens has no meaning once tokens are merged")
     if is_causal:
@@ -305,7 +203,11 @@ def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
 
 def fusable_attentions(block: nn.Module) -> dict[str, nn.Module]:
     """The block's attentions that :func:`fuse` can take over, by module name."""
-    return {name: module for name, module in block.named_modules() if type(module) in _FUSED}
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if type(module) in _FUSED and "forward" not in vars(module)  # a forward of its own is no attention of timm's
+    }
 
 
 def fused_attentions(block: nn.Module) -> dict[str, FusedAttention]:
@@ -323,9 +225,3 @@ def plain_attention(attention: FusedAttention) -> nn.Module:
     plain._non_persistent_buffers_set = attention._non_persistent_buffers_set - {"key_bias"}
     del plain.token_gate
     return plain
-
-
-def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of ``root``'s submodule ``name`` (dotted)."""
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)

@@ -54,7 +54,7 @@ def _compression(model: Model, size: tuple[int, int, int]) -> dict[str, str]:
     blocks = max(sum(count for _, count in stages), 1)
     kept = sum(stage.merged_patches * count for stage, count in stages) / blocks / plan.num_patches
     pruned = sum(stage.pruned_patches * count for stage, count in stages) / blocks / plan.num_patches
-    options = {name: value for name, value in encoder.compression.items() if name != "plan"}
+    options = {name: value for name, value in encoder.compression.to_dict().items() if name != "plan"}
     return {
         "GMACs before compression": f"{count_gmacs(model.uncompressed(), size):.4g}",
         "Tokens before compression": str(plan.num_tokens),

@@ -23,12 +23,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .card import model_card, replaces_card
+from .compression import OPTIONS
 from .data import input_size
 from .files import allow_default_mode, unfinished
 from .plan import CompressionPlan, StagePlan
 from .registry import PREFIX, registered_name
 from .segmenter import Model, Segmenter, encoder_of, set_norm_eps, shared_norm_eps
-from .vision_transformer import COMPRESSION, Compressed, PMVisionTransformer, compress
+from .vision_transformer import Compressed, PMVisionTransformer, compress
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -85,7 +86,7 @@ def save_pretrained(
         arguments = dict(model_args or {})
         if isinstance(encoder, Compressed):
             name = registered_name(name)
-            arguments |= encoder.compression
+            arguments |= encoder.compression.to_dict()
         extra = {"pretrained_cfg": {"architecture": name}, "norm_eps": shared_norm_eps(encoder)}
         if isinstance(model, Segmenter):
             extra["segmenter"] = {"num_classes": model.num_classes, **model.options}
@@ -283,7 +284,7 @@ def _build(folder: Path, uncompressed: bool = False) -> Model:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["architecture"].startswith(PREFIX):
             registered_name(config["architecture"])
-            if missing := [name for name in COMPRESSION if name not in config["model_args"]]:
+            if missing := [name for name in OPTIONS if name not in config["model_args"]]:
                 raise ValueError(f"model_args lacks {', '.join(missing)}")
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
         set_norm_eps(model, config.get("norm_eps"))

@@ -12,13 +12,12 @@ import torch
 from timm.utils import ParseKwargs
 
 from . import commands, tools
+from .compression import MERGE_SITES, SHORTCUTS
 from .config import apply_config, find_task, shipped_configs
 from .export import FORMATS
-from .folding import SHORTCUTS
 from .segmenter import DECODERS
 from .tasks import DEFAULT_TASK, TASKS
 from .training import IGNORED, SCHEDULES
-from .vision_transformer import MERGE_SITES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -67,6 +67,8 @@ def export_model(
     else:
         model = copy.deepcopy(model)
     model = model.eval().requires_grad_(False)
+    if isinstance(encoder_of(model), Compressed):
+        encoder_of(model).freeze()
     device, dtype = ("cpu", torch.float32) if format == "onnx" else (like.device, like.dtype)
     images = torch.randn(batch_size + 1, *input_size(model), device=device, dtype=dtype)
     with torch.no_grad():
@@ -94,9 +96,6 @@ def export_model(
 def _write_onnx(model: Model, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
     import onnx
 
-    encoder = encoder_of(model)
-    if isinstance(encoder, Compressed):
-        encoder.densify()
     program = torch.onnx.export(
         model,
         (images,),

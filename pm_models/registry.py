@@ -1,12 +1,16 @@
 """timm's names for compressed models: ``pm_deit_small_patch16_224`` is ``deit_small_patch16_224`` with a plan."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
 from timm.models import load_pretrained, model_entrypoint, register_model
+from timm.models._builder import pretrained_cfg_for_features
+from timm.models._features import FeatureGetterNet
+from torch import nn
 
+from .compression import OPTIONS
 from .plan import CompressionPlan
 from .vision_transformer import Compressed, PlainModel, compress
 
@@ -18,8 +22,8 @@ def register_models() -> None:
     """Register ``pm_<name>`` for every Vision Transformer of timm that can be compressed, once.
 
     ``timm.create_model("pm_<name>", plan=..., **arguments)`` makes timm's model, with its own arguments, and compresses
-    it; see :func:`pm_models.compress` for ``train_matrices``, ``size_bias``, ``merge_site`` and ``shortcut``. ``plan``
-    is a :class:`~pm_models.CompressionPlan`, its dict, or the path of a file that it was saved to.
+    it; the options of :func:`pm_models.compress` go with them. ``plan`` is a :class:`~pm_models.CompressionPlan`, its
+    dict, or the path of a file that it was saved to.
     """
     known = set(timm.list_models(f"{PREFIX}*"))
     for module in _TIMM_MODULES:
@@ -36,44 +40,45 @@ def registered_name(architecture: str) -> str:
     return name
 
 
-def _entrypoint(name: str) -> Callable[..., Compressed]:
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
     make: Callable[..., PlainModel] = model_entrypoint(name)
 
     def entrypoint(
         pretrained: bool = False,
         *,
         plan: CompressionPlan | dict | str | os.PathLike | None = None,
-        train_matrices: str | None = "support",
-        size_bias: bool = False,
-        merge_site: str = "block",
-        shortcut: str = "pruned",
         **arguments: object,
-    ) -> Compressed:
+    ) -> Compressed | FeatureGetterNet:
         if plan is None:
             raise ValueError(
                 f"{PREFIX}{name} needs plan=, a CompressionPlan, its dict, or the path of a file that it was saved to"
             )
+        options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+        features, wanted = arguments.pop("features_only", False), arguments.pop("out_indices", 3)
+        if arguments.pop("feature_cls", "getter") != "getter":
+            raise ValueError("feature_cls must be 'getter': maps of all patches come from forward_intermediates alone")
         # A folder or hub that holds a compressed model has its weights, not those of the model before.
         compressed = "plan" in (arguments.get("pretrained_model_args") or {})
         model = make(pretrained=pretrained and not compressed, **arguments)
         # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
         with torch.device("cpu"):
-            model = compress(
-                model,
-                _plan(plan),
-                train_matrices=train_matrices,
-                size_bias=size_bias,
-                merge_site=merge_site,
-                shortcut=shortcut,
-            )
+            model = compress(model, _plan(plan), **options)
         if pretrained and compressed:
             in_chans = model.patch_embed.proj.in_channels
             load_pretrained(model, model.pretrained_cfg, num_classes=model.num_classes, in_chans=in_chans)
-        return model
+        return _features(model, wanted) if features else model
 
     entrypoint.__name__ = entrypoint.__qualname__ = f"{PREFIX}{name}"
     entrypoint.__doc__ = f"``{name}`` of timm, compressed by ``plan``."
     return entrypoint
+
+
+def _features(model: Compressed, out_indices: int | Sequence[int]) -> FeatureGetterNet:
+    """What ``features_only=True`` makes of any model of timm: images to the maps after some blocks."""
+    net = FeatureGetterNet(model, out_indices)
+    net.in_chans = model.patch_embed.proj.in_channels
+    net.pretrained_cfg = net.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+    return net
 
 
 def _plan(plan: CompressionPlan | dict | str | os.PathLike) -> CompressionPlan:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import fusable_attentions, fuse, fused_attentions, replace_module
+from .attention import fusable_attentions, fuse, fused_attentions
+from .modules import replace_module
 from .segmenter import Model, encoder_of
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer
 

@@ -213,15 +213,16 @@ class Segmenter(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`pm_models.compress` does.
         """
-        return self._with_encoder(compress(self.encoder, plan, **options))
+        return copy.deepcopy(self.with_encoder(compress(self.encoder, plan, **options)))
 
     def uncompressed(self) -> "Segmenter":
         """A copy with the same weights and a plain encoder."""
-        return self._with_encoder(self.encoder.uncompressed())
+        return copy.deepcopy(self.with_encoder(self.encoder.uncompressed()))
 
-    def _with_encoder(self, encoder: PlainModel) -> "Segmenter":
+    def with_encoder(self, encoder: PlainModel) -> "Segmenter":
+        """The same decoder, not copied, on another encoder of the same width."""
         model = copy.copy(self)
-        model._modules = {"encoder": encoder, "decoder": copy.deepcopy(self.decoder)}
+        model._modules = self._modules | {"encoder": encoder}
         return model
 
 

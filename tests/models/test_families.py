@@ -25,7 +25,7 @@ from pm_models import (
     score_tokens,
     to_timm,
 )
-from pm_models.rotary import RotaryPositions
+from pm_models.reductions.rotary import RotaryPositions
 
 
 def torchvision_vit():

@@ -9,6 +9,7 @@ import torch
 from helpers import images_for, plan_for, small_vit
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.optim import create_optimizer_v2
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pm_models import CompressionPlan, PMVisionTransformer, StagePlan, compress, load_pretrained, save_pretrained
 
@@ -37,12 +38,17 @@ STAGES = {
 }
 
 
-def written_out(model: VisionTransformer, compressed: PMVisionTransformer, images: torch.Tensor) -> torch.Tensor:
-    """y = M x, the stage's blocks, x = R y + what skips them, with the dense modules; all tokens, normalised."""
+def written_out(
+    model: VisionTransformer, compressed: PMVisionTransformer, images: torch.Tensor, last: int | None = None
+) -> torch.Tensor:
+    """y = M x, the stage's blocks, x = R y + what skips them, with the dense modules; all tokens, normalised.
+
+    After block ``last``, not normalised, where that is given; its stage ends there.
+    """
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
     matrices = iter(zip(compressed.merge_matrices(), compressed.reconstruct_matrices(), strict=True))
     plan = compressed.plan
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(model.blocks[: None if last is None else last + 1]):
         stage = plan.stage_of(index)
         if stage is None:
             x = block(x)
@@ -51,9 +57,9 @@ def written_out(model: VisionTransformer, compressed: PMVisionTransformer, image
         if index == stage.first:
             y = torch.einsum("cn,bnd->bcd", merge, x)
         y = block(y)
-        if index == stage.last:
+        if index in (stage.last, last):
             x = after(compressed, stage, y, x, merge, reconstruct)
-    return model.norm(x)
+    return model.norm(x) if last is None else x
 
 
 def after(compressed, stage, y, x, merge, reconstruct):
@@ -257,24 +263,44 @@ def test_size_bias_is_attention_to_every_member():
     assert not torch.allclose(compress(model, plan)(images), model(images), rtol=1e-4)
 
 
+class Rows(TorchDispatchMode):
+    """The rows of an image that a linear layer of a weight computes, read off the matrix products."""
+
+    def __init__(self, weight, batch):
+        super().__init__()
+        self.weight, self.batch, self.seen = weight, batch, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            if args[-1].data_ptr() == self.weight.data_ptr():
+                self.seen.append(out.shape[0] // self.batch)
+        return out
+
+
 def test_the_last_block_computes_what_is_read():
     """With token pooling that is the prefix rows: every row of the MLP that counts, and no more."""
     model = small_vit(reg_tokens=1)
     compressed = compress(model, plan_for(model))
-    rows = []
-    compressed.blocks[-1].mlp.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
-    images = images_for(model)
-    compressed(images)
-    compressed.forward_features(images)
+    images, whole = images_for(model), compressed.plan.tokens[-1]
+
+    def rows(function=compressed):
+        with torch.no_grad(), Rows(compressed.blocks[-1].mlp.fc1.weight, len(images)) as found:
+            function(images)
+        return found.seen
+
+    assert (rows(), rows(compressed.forward_features)) == ([2], [whole])
     compressed.reset_classifier(7, "avg")
-    compressed(images)
-    whole = compressed.plan.tokens[-1]
-    assert rows == [2, whole, whole]
+    assert rows() == [whole]
     compressed.reset_classifier(7, "token")
-    seen = []
-    compressed.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output.shape[1]))
-    compressed(images)
-    assert (rows[-1], seen) == (whole, [whole])
+    assert rows() == [2]
+    for module in (compressed.blocks[-1], compressed.blocks[-1].mlp, compressed.norm):  # what is hung there sees all
+        seen = []
+        handle = module.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(inputs[0].shape[1]))
+        assert rows() == [whole]
+        assert seen == [compressed.plan.num_tokens if module is compressed.norm else whole]
+        handle.remove()
+    assert rows() == [2]
 
 
 def test_stopping_early_runs_no_further_block():
@@ -302,20 +328,7 @@ def test_forward_intermediates(execution, stages):
     final, maps = compressed.forward_intermediates(images, norm=False, output_fmt="NLC", return_prefix_tokens=True)
     torch.testing.assert_close(final, compressed.forward_features(images))
     for block, (patches, prefix) in enumerate(maps):
-        plan = compressed.plan
-        cut = [(stage.first, min(stage.last, block)) for stage in plan.stages if stage.first <= block]
-        shorter = copy.deepcopy(compressed)
-        kept = [stage for stage in plan.stages if stage.first <= block]
-        stages_cut = tuple(type(s)(*b, s.segments, s.weights) for s, b in zip(kept, cut, strict=True))
-        object.__setattr__(shorter, "plan", CompressionPlan(plan.grid, block + 1, plan.num_prefix_tokens, stages_cut))
-        shorter.blocks = shorter.blocks[: block + 1]
-        for first in [name for name in shorter.stages if int(name) > block]:
-            del shorter.stages[first]
-        shorter._find_runs()
-        dense = copy.deepcopy(model)
-        dense.blocks = dense.blocks[: block + 1]
-        dense.norm = torch.nn.Identity()
-        expected = written_out(dense, shorter, images)
+        expected = written_out(model, compressed, images, block)
         torch.testing.assert_close(torch.cat([prefix, patches], dim=1), expected, rtol=1e-10, atol=1e-10)
     taken = compressed.forward_intermediates(images, [1, 3], intermediates_only=True, stop_early=True, norm=True)
     assert [tuple(value.shape) for value in taken] == [(3, 32, 7, 5)] * 2

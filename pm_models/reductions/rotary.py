@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .plan import CompressionPlan, StagePlan
+from ..plan import CompressionPlan, StagePlan
 
 _FINER = 3  # odd, so that centres of patches are centres of finer ones
 

@@ -1,0 +1,265 @@
+"""The paper's way to fewer tokens: static merge and reconstruct matrices around each stage of blocks."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from pm_kernels import token_mix, transition
+from pm_kernels.autocast import autocast_dtype
+
+from ..compression import Compression
+from .blocks import attends_apart, branches, opening_norm, run_block
+from .folding import READOUTS, DenseFold, Fold, Folded, FrozenFold
+from .matrices import StageMatrices
+from .rotary import RotaryPositions
+
+EXECUTIONS = ("folded", "literal")
+Maps = dict[int, Tensor | None]
+
+
+class Run(NamedTuple):
+    """Consecutive blocks ``first`` to ``last`` on the same tokens: a stage's, or all where ``stage`` is None."""
+
+    first: int
+    last: int
+    stage: str | None
+
+
+class StaticReduction(nn.Module):
+    """Prune and Merge (arXiv 2503.23455, section 3): ``y = M x``, the stage's blocks, ``x = R y + (1 - mask) x``.
+
+    The matrices of each stage are a submodule named by its first block.
+
+    Args:
+        compression: the plan, and how it is carried out.
+        rope: the model's rotary embedding; ``None`` where it has none.
+        rope_mixed: whether its tables are one for each block.
+    """
+
+    def __init__(self, compression: Compression, rope: nn.Module | None = None, rope_mixed: bool = False) -> None:
+        super().__init__()
+        plan = compression.plan
+        self._compression = compression
+        self.execution = "folded"
+        for stage in plan.stages:
+            matrices = StageMatrices(plan, stage, compression.train_matrices, compression.shortcut)
+            self.add_module(str(stage.first), matrices)
+        # Where blocks rotate queries and keys by their positions, merged tokens have positions of their own.
+        self.positions = None if rope is None else RotaryPositions(rope, plan, rope_mixed)
+        self.cut(plan.depth)
+
+    def __getitem__(self, first: str) -> StageMatrices:
+        return self._modules[first]
+
+    def values(self) -> Iterator[StageMatrices]:
+        """The matrices of every stage, in order."""
+        return (self[run.stage] for run in self.runs if run.stage is not None)
+
+    def cut(self, depth: int) -> None:
+        """Run the first ``depth`` blocks alone; a stage that the cut goes through ends there."""
+        plan = self._compression.plan
+        for stage in plan.stages:
+            if stage.first >= depth:
+                self._modules.pop(str(stage.first), None)
+        self.runs = list(_runs(self._compression, depth))
+        self.folds = nn.ModuleDict()
+        stages = self._stages()
+        if any(stages):
+            kind = DenseFold if self._compression.train_matrices == "dense" else Fold
+            make = partial(kind, stages, plan.num_tokens, plan.num_prefix_tokens)
+            readouts = [name for name in READOUTS if name != "prefix" or plan.num_prefix_tokens]
+            self.folds.update({readout: make(readout) for readout in readouts} | {"maps": make("all", maps=True)})
+            self.folds.to(next(self.values()).rows.device)
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Make every fold constant, and the matrices too: nothing of them trains, or is saved, any more."""
+        with torch.no_grad():
+            for name, fold in self.folds.items():
+                self.folds[name] = FrozenFold(fold(self._stages(), dtype))
+            for stage in self.values():
+                stage.freeze()
+
+    def fold(self, readout: str, dtype: torch.dtype) -> Folded:
+        """The folded matrices for ``readout``, or ``"maps"``, in ``dtype``."""
+        return self.folds[readout](self._stages(), dtype)
+
+    def forward(
+        self,
+        blocks: nn.Module,
+        x: Tensor,
+        readout: str = "all",
+        rope: Tensor | None = None,
+        *,
+        maps: Maps | None = None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Run the blocks on x (B, N, D), and return the rows of ``readout``.
+
+        Args:
+            blocks: the model's.
+            x: (B, N, D).
+            readout: ``"all"`` N tokens, ``"prefix"``, or ``"patch_mean"``: what is read need not be made exact; where
+                all tokens are there anyway, they are given.
+            rope: a rotary table of the patches.
+            maps: to be filled in with the full map after each block that it has a key for. The last of them ends the
+                run, and its map is returned.
+            checkpointing: compute what is between blocks again in backward.
+
+        Raises:
+            ValueError: x has not as many tokens as the plan.
+        """
+        plan = self._compression.plan
+        if x.shape[1] != plan.num_tokens:
+            raise ValueError(
+                f"the images give {x.shape[1]} tokens, but the plan was made for a grid of {plan.grid} and "
+                f"{plan.num_prefix_tokens} prefix tokens: {plan.num_tokens} tokens"
+            )
+        positions: list[dict[str, Tensor]] = [{}] * len(blocks)
+        if rope is not None:
+            runs = [(run.first, run.last, run.stage is not None) for run in self.runs]
+            positions = [{"rope": table} for table in self.positions(rope, runs)]
+        call = checkpoint if checkpointing and torch.is_grad_enabled() else None
+        if self.execution == "literal" or self._compression.merge_site == "attention" or len(self.folds) == 0:
+            return self._run_literal(blocks, x, positions, maps or {}, call)
+        return self._run_folded(blocks, x, readout, positions, maps or {}, call)
+
+    def _stages(self) -> list[StageMatrices | None]:
+        return [None if run.stage is None else self[run.stage] for run in self.runs]
+
+    def _run_literal(
+        self, blocks: nn.Module, x: Tensor, positions: list[dict], maps: Maps, call: Callable | None
+    ) -> Tensor:
+        """The paper's equations one by one: always all N tokens.
+
+        With ``shortcut="all"`` a token that shares a merged token has ``x - R M x`` added.
+        With ``merge_site="attention"`` the first block of a stage takes x itself, and merges in its attention.
+        """
+        for run, stage in zip(self.runs, self._stages(), strict=True):
+            merge = None if stage is None else stage.matrices()[0]
+            inside = merge is not None and self._compression.merge_site == "attention"
+            y = merged = x if merge is None or inside else token_mix(x, merge)
+            if inside:
+                merged = token_mix(x, merge)
+            for index in range(run.first, run.last + 1):
+                block = blocks[index]
+                step = partial(_run_merging, block, merged=merged, merge=merge) if inside and y is x else block
+                step = partial(step, **positions[index])
+                y = step(y) if call is None else call(step, y)
+                if index in maps or index == run.last:
+                    full = y if stage is None else stage.full_map(y, merged, x)
+                    if index in maps:
+                        maps[index] = full
+                        if index == max(maps):
+                            return full
+            x = full
+        return x
+
+    def _run_folded(
+        self,
+        blocks: nn.Module,
+        x: Tensor,
+        readout: str,
+        positions: list[dict],
+        maps: Maps,
+        call: Callable | None,
+    ) -> Tensor:
+        """The same through folded transitions: between stages there is only the state, see :mod:`.folding`.
+
+        The state is in three tensors: the next transition mixes ``[x + update; carried]``.
+        """
+        plan = self._compression.plan
+        folded = self.fold("maps" if maps else readout, autocast_dtype(x) or x.dtype)
+        # Where the readout reads the prefix rows alone, the last block computes no others. Only with matrices on the
+        # plan's support is it so: a prefix token is read off its own row, with dense matrices off all rows.
+        reads_prefix = readout == "prefix" and not maps and self._compression.train_matrices != "dense"
+        update = carried = None
+        for index, (run, matrix) in enumerate(zip(self.runs, folded.transitions, strict=True)):
+            tokens = plan.num_tokens if run.stage is None else self[run.stage].shape[0]
+            for number in range(run.first, run.last + 1):
+                block = blocks[number]
+                step = partial(
+                    _step,
+                    block,
+                    matrix=matrix if number == run.first else None,
+                    tokens=tokens,
+                    rows=plan.num_prefix_tokens
+                    if reads_prefix and number == len(blocks) - 1 and attends_apart(block)
+                    else None,
+                    # A step that is computed again keeps its inputs, of which one is less than two.
+                    apart=number == run.last and number not in maps and call is None,
+                    positions=positions[number],
+                )
+                x, update, carried = (step if call is None else partial(call, step))(x, update, carried)
+                if number in maps:
+                    frame = folded.frames[index]
+                    maps[number] = x if frame is None else transition(x, carried, frame, plan.num_tokens)[0]
+                    if number == max(maps):
+                        return maps[number]
+        if folded.readout is None:
+            return x if update is None else x + update
+        if reads_prefix:
+            x, carried = x[:, : plan.num_prefix_tokens], None
+            update = None if update is None else update[:, : plan.num_prefix_tokens]
+        return transition(x, carried, folded.readout, update=update)[0]
+
+
+def _step(
+    block: nn.Module,
+    x: Tensor,
+    update: Tensor | None,
+    carried: Tensor | None,
+    *,
+    matrix: object,
+    tokens: int,
+    rows: int | None,
+    apart: bool,
+    positions: dict[str, Tensor],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A block, and the transition before it where there is one, from state to state.
+
+    ``rows`` are those to compute, where not all; ``apart`` leaves the last sum to be done.
+    """
+    normed = None
+    if matrix is not None:
+        x, carried, normed = transition(x, carried, matrix, tokens, update=update, norm=opening_norm(block))
+    if normed is None and rows is None and not apart:
+        return block(x, **positions), None, carried
+    x, update = run_block(block, x, normed, rows, **positions)
+    if update is not None and not apart:
+        x, update = x + update, None
+    return x, update, carried
+
+
+def _run_merging(block: nn.Module, x: Tensor, *, merged: Tensor, merge: Tensor) -> Tensor:
+    """The block with its merge inside the attention: (B, N, D), ``merged`` (B, C, D) and merge (C, N) -> (B, C, D).
+
+    The first norm and the projection to queries, keys and values run on all N tokens, the rest on the C merged ones.
+    """
+    parts = branches(block)
+    if parts is None:
+        raise ValueError(
+            "merge_site='attention' runs a stage's first block by its parts, which would pass by the hook or forward "
+            "that was put on the block itself; put it on a part of the block, or merge before it (merge_site='block')"
+        )
+    attend, feed = parts
+    y = merged + attend(block.norm1(x), merge=merge)
+    return y + feed(y)
+
+
+def _runs(compression: Compression, depth: int) -> Iterator[Run]:
+    """The stages, and between them the uncompressed blocks, up to ``depth``."""
+    block, plan = 0, compression.plan
+    while block < depth:
+        stage = plan.stage_of(block)
+        if stage is None:
+            later = [other.first for other in plan.stages if other.first > block]
+            last = min([depth, *later]) - 1
+            yield Run(block, last, None)
+        else:
+            last = min(stage.last, depth - 1)
+            yield Run(block, last, str(stage.first))
+        block = last + 1
