@@ -219,9 +219,10 @@ def _add_data(parser: argparse.ArgumentParser, task: str) -> None:
         "data_dir",
         type=Path,
         metavar="DATA",
-        help="ADE20K's or Cityscapes' folder, or one with images/train, labels/train, images/validation, ..."
+        help="Cityscapes' or ADE20K's folder (annotations/, 150 classes), or one with images/train, labels/train, "
+        "images/validation, ..."
         if segmentation
-        else "folder with train/CLASS/IMAGES and validation/CLASS/IMAGES",
+        else "folder with train/CLASS/IMAGES and validation/CLASS/IMAGES, of any kind that Pillow reads",
     )
     if segmentation:
         group.add_argument(

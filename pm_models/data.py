@@ -3,15 +3,16 @@
 import os
 import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
 import torch
-from timm.data import ImageDataset, create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from .images import check_is_image, entries, is_image, read_image
 from .segmenter import Model, encoder_of
 from .vision_transformer import PlainModel
 
@@ -21,26 +22,64 @@ SPLIT_NAMES = {
 }
 
 
-class FolderImages(ImageDataset):
-    """Images in folders of classes; one that cannot be read is refused, where timm takes another in its place."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self._max_retries = 1
-
-    def __getitem__(self, index: int) -> tuple:
-        with refusing(self.filename(index, absolute=True)):
-            return super().__getitem__(index)
+_EXPECTED = "expected <class>/<image> in it, one folder of images for each class"
 
 
-@contextmanager
-def refusing(path: str | os.PathLike) -> Iterator[None]:
-    """Raise ValueError, with the file's name, where an image in it cannot be read."""
-    try:
-        yield
-    except Exception as error:  # PIL raises a dozen kinds for a broken file
-        reason = str(error.__cause__ or error.__context__ or error)
-        raise ValueError(f"{os.fspath(path)} cannot be read as an image ({reason}); mend or remove it") from error
+class FolderImages(Dataset):
+    """Images in folders of classes, one folder for each; labels count the classes in natural order, as timm's do.
+
+    Args:
+        root: the folder of the class folders.
+        mode: of the images, ``"RGB"`` or ``"L"``.
+
+    Raises:
+        ValueError: the classes cannot be told: there are no class folders, or images beside them, or folders in one; or
+            a class folder holds no image, or a file that is none.
+    """
+
+    def __init__(self, root: Path, mode: str) -> None:
+        files = {folder.name: entries(folder.path) for folder in _class_folders(root)}
+        for name, inside in files.items():
+            if nested := [entry.name for entry in inside if entry.is_dir()]:
+                raise ValueError(f"{root / name} holds folders ({_some(nested)}), not images alone; {_EXPECTED}")
+            for entry in inside:
+                check_is_image(entry.path)
+        if not any(files.values()):
+            raise ValueError(f"Found 0 images in subfolders of {root}; {_EXPECTED}")
+        if empty := [name for name, inside in files.items() if not inside]:
+            raise ValueError(f"{root} has class folders without images ({_some(empty)}): fill or remove them")
+        names = sorted(files, key=lambda name: (natural_key(name), name))
+        self.class_to_idx = {name: label for label, name in enumerate(names)}
+        self.samples = sorted(
+            ((entry.path, self.class_to_idx[name]) for name, inside in files.items() for entry in inside),
+            key=lambda sample: natural_key(sample[0]),
+        )
+        self.mode = mode
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        path, label = self.samples[index]
+        image = read_image(path, self.mode)
+        return (image if self.transform is None else self.transform(image)), label
+
+
+def _class_folders(root: Path) -> list[os.DirEntry]:
+    """The folders in a folder that holds no images itself."""
+    found = entries(root)
+    folders = [entry for entry in found if entry.is_dir()]
+    images = [entry.name for entry in found if not entry.is_dir() and is_image(entry.name)]
+    if images:
+        where = "beside its class folders" if folders else "and no class folders"
+        raise ValueError(f"{root} holds images {where} ({len(images)}: {_some(images)}); {_EXPECTED}")
+    return folders
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first five names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", in_chans: int = 3) -> Dataset:
@@ -52,32 +91,37 @@ def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", 
         dataset: a name that ``timm.data.create_dataset`` knows, such as ``torch/cifar10``.
         in_chans: 1 reads images in grey, else in colour.
 
-    An image in a folder that cannot be read is an error of ValueError when it is met: none is left out in silence.
+    Images in folders are of every kind that Pillow reads. One that cannot be read is a ValueError when it is met, and
+    another file a ValueError here: none is left out in silence, but for hidden files and what systems leave in folders
+    (``Thumbs.db``).
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder holds no images in class folders; or timm cannot open the data set.
+        ValueError: the folder does not hold images in class folders alone; or timm cannot open the data set.
     """
     root = Path(data_dir)
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder at {root}")
-    if not dataset:
-        names = SPLIT_NAMES.get(split, (split,))
-        found = [root / name for name in names if (root / name).is_dir()]
-        if not found:
-            raise FileNotFoundError(
-                f"{root} has no folder {' or '.join(names)}; expected {root / names[0]}/<class>/<image>, "
-                "one folder of images for each class"
-            )
-        root = found[0]
     mode = "L" if in_chans == 1 else "RGB"
+    if not dataset:
+        return FolderImages(_split_folder(root, split), mode)
     try:
-        if not dataset:
-            return FolderImages(str(root), split=split, input_img_mode=mode)
         return create_dataset(dataset, root=str(root), split=split, search_split=True, input_img_mode=mode)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        expected = f"data set {dataset!r}" if dataset else "<class>/<image> in it, one folder for each class"
-        raise ValueError(f"{root}: {error}; expected {expected}") from error
+        raise ValueError(f"{root}: {error}; expected data set {dataset!r}") from error
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder of a split, by any of its names."""
+    names = SPLIT_NAMES.get(split, (split,))
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    others = [entry.name for entry in entries(root)]
+    raise FileNotFoundError(
+        f"{root} has no folder {' or '.join(names)}{f', only {_some(others)}' if others else ''}; expected "
+        f"{root / names[0]}/<class>/<image>, one folder of images for each class"
+    )
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -120,9 +164,10 @@ def check_same_classes(*datasets: Dataset) -> None:
     everywhere = set.intersection(*found) if found else set()
     somewhere = sorted(set.union(*found) - everywhere) if found else []
     if somewhere:
-        more = ", ..." if len(somewhere) > 5 else ""
+        cases = len({name.lower() for name in somewhere}) < len(somewhere)
         raise ValueError(
-            f"the splits of the data have different classes: {', '.join(somewhere[:5])}{more} not in every one of them"
+            f"the splits of the data have different classes: {_some(somewhere)} not in every one of them"
+            + ("; upper and lower case must be the same in all of them" if cases else "")
         )
 
 

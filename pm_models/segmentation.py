@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -18,11 +17,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from .data import SPLIT_NAMES, SeededImages, check_size, random_subset, refusing
+from .data import SPLIT_NAMES, SeededImages, check_size, random_subset
+from .images import check_is_image, files_below, is_turned, read_image, read_label_map
 from .segmenter import Segmenter, predict
 from .training import IGNORED
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Layout(NamedTuple):
@@ -33,35 +31,40 @@ class Layout(NamedTuple):
     num_classes: int | None  # None: the user says
     zero_is_ignored: bool = False  # and class c is labelled c + 1
     image_ending: str = ""
-    label_ending: str = ".png"
+    label_endings: tuple[str, ...] = (".png", ".tif", ".tiff", ".bmp")  # the types that keep every value
 
 
 LAYOUTS = {
-    "ADE20K": Layout("images", "annotations", 150, zero_is_ignored=True),
+    "ADE20K": Layout("images", "annotations", 150, zero_is_ignored=True, label_endings=(".png",)),
     "Cityscapes": Layout(
-        "leftImg8bit", "gtFine", 19, image_ending="_leftImg8bit", label_ending="_gtFine_labelTrainIds.png"
+        "leftImg8bit", "gtFine", 19, image_ending="_leftImg8bit", label_endings=("_gtFine_labelTrainIds.png",)
     ),
     "plain": Layout("images", "labels", None),
+    "plain, by another name": Layout("images", "annotations", None),  # with other numbers of classes than ADE20K's
 }
 
 
 class SegmentationImages(Dataset):
     """Images and their label maps, from folders.
 
-    Laid out as ADE20K (``images/<split>/*.jpg``, ``annotations/<split>/*.png``), as Cityscapes
-    (``leftImg8bit/<split>/<city>/*``, ``gtFine/...``, labels by training index), or plainly (``images/<split>/*``,
-    ``labels/<split>/*.png`` of the same names, in subfolders or not).
+    Laid out as ADE20K (``images/<split>/*.jpg``, ``annotations/<split>/*.png``: 0 is left out, class c is labelled
+    c + 1), as Cityscapes (``leftImg8bit/<split>/<city>/*``, ``gtFine/...``, labels by training index), or plainly
+    (``images/<split>/*``, ``labels/<split>/*`` of the same names, in subfolders or not, with the classes as they are).
+    ``annotations`` is ADE20K's for 150 classes alone; with another ``num_classes`` it is plain, as ``labels`` is.
+
+    Images are of every kind that Pillow reads, and are seen as they are shown: where an EXIF tag turns an image, its
+    label map is that of the turned one. Label maps are PNG, TIFF or BMP of one channel.
 
     Args:
         root: the folder.
         split: ``"train"`` or ``"validation"`` (whose folder may be called val or test), or another folder's name.
-        num_classes: classes to tell apart; ``None``: those of ADE20K and Cityscapes.
+        num_classes: classes to tell apart; ``None``: those of ADE20K (150) and Cityscapes (19).
         ignore_index: a label that is neither trained on nor counted, as 255 is.
         transform: takes and gives an image (tv_tensors.Image, uint8) and its labels (tv_tensors.Mask).
 
     Raises:
         FileNotFoundError: there is no such folder, or an image has no label map.
-        ValueError: the folder holds no images, or ``num_classes`` is needed and not given.
+        ValueError: the folder holds no images, or a file that is none; or ``num_classes`` is needed and not given.
     """
 
     def __init__(
@@ -76,9 +79,9 @@ class SegmentationImages(Dataset):
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"no data folder at {root}")
-        self._layout = next((layout for layout in LAYOUTS.values() if (root / layout.labels).is_dir()), None)
+        self._layout = next((layout for layout in LAYOUTS.values() if _is_meant(layout, root, num_classes)), None)
         if self._layout is None:
-            labels = ", ".join(layout.labels for layout in LAYOUTS.values())
+            labels = ", ".join(dict.fromkeys(layout.labels for layout in LAYOUTS.values()))
             raise FileNotFoundError(f"{root} has no folder of label maps; expected one of {labels}")
         self.num_classes = num_classes or self._layout.num_classes
         if self.num_classes is None:
@@ -87,19 +90,18 @@ class SegmentationImages(Dataset):
         images = next((root / self._layout.images / name for name in names if _is_dir(root, self._layout, name)), None)
         if images is None:
             raise FileNotFoundError(f"{root / self._layout.images} has no folder {' or '.join(names)}")
-        labels = root / self._layout.labels / images.name
-        self.pairs = [
-            (path, labels / path.relative_to(images).parent / (stem + self._layout.label_ending))
-            for path in sorted(images.rglob(f"*{self._layout.image_ending}.*"))
-            if path.suffix.lower() in _SUFFIXES
-            for stem in [path.stem.removesuffix(self._layout.image_ending)]
-        ]
+        self.label_folder = root / self._layout.labels / images.name
+        paths = sorted(Path(path) for path in files_below(images))
+        for path in paths:
+            check_is_image(str(path))
+        self.pairs = [(path, self._label_path(path.relative_to(images))) for path in paths]
         if not self.pairs:
             raise ValueError(f"{images} holds no images")
         missing = [label for _, label in self.pairs if not label.is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} of the {len(self.pairs)} images in {images} have no label map; the first: {missing[0]}"
+                f"{len(missing)} of the {len(self.pairs)} images in {images} have no label map; the first: "
+                f"{' or '.join([str(missing[0]), *self._layout.label_endings[1:]])}"
             )
         self.ignore_index = ignore_index
         self.transform = transform
@@ -114,21 +116,23 @@ class SegmentationImages(Dataset):
             ValueError: the label map is no picture of one channel as large as the image, or has an unknown class.
         """
         image_path, label_path = self.pairs[index]
-        with refusing(image_path), Image.open(image_path) as opened:
-            image = tv_tensors.Image(opened.convert("RGB"))
-        labels = tv_tensors.Mask(self._labels(label_path))
+        image = tv_tensors.Image(read_image(image_path))
+        labels = tv_tensors.Mask(self.classes(read_label_map(label_path), label_path))
         if labels.shape != image.shape[1:]:
+            turned = ", turned as its EXIF tag says: labels are for the image as it is shown"
             raise ValueError(
                 f"{label_path} is {labels.shape[-1]} x {labels.shape[-2]}, but its image is "
-                f"{image.shape[-1]} x {image.shape[-2]}"
+                f"{image.shape[-1]} x {image.shape[-2]}{turned if is_turned(image_path) else ''}"
             )
         return (image, labels) if self.transform is None else self.transform(image, labels)
 
-    def _labels(self, path: Path) -> Tensor:
-        with refusing(path), Image.open(path) as opened:
-            labels = torch.from_numpy(numpy.array(opened).astype(numpy.int64))
-        if labels.dim() != 2:
-            raise ValueError(f"{path} has {labels.shape[-1]} channels, expected one with the index of each class")
+    def classes(self, values: numpy.ndarray, path: Path) -> Tensor:
+        """The classes, int64, of what is stored in the label map of that path, and ``IGNORED`` for what is left out.
+
+        Raises:
+            ValueError: a value is no class.
+        """
+        labels = torch.from_numpy(values.astype(numpy.int64))
         ignored = (labels == IGNORED) | (labels == self.ignore_index)
         if self._layout.zero_is_ignored:
             ignored |= labels == 0
@@ -141,6 +145,19 @@ class SegmentationImages(Dataset):
                 f"ignore_index {self.ignore_index} for pixels to leave out"
             )
         return labels
+
+    def _label_path(self, image: Path) -> Path:
+        """The label map of an image of that path below the split's folder; where there is none, its usual path."""
+        stem = image.stem.removesuffix(self._layout.image_ending)
+        places = [self.label_folder / image.parent / f"{stem}{ending}" for ending in self._layout.label_endings]
+        upper = (place.with_suffix(place.suffix.upper()) for place in places)
+        return next((place for place in (*places, *upper) if place.is_file()), places[0])
+
+
+def _is_meant(layout: Layout, root: Path, num_classes: int | None) -> bool:
+    """Whether the layout's folder is there, and not that of other data: labels are shifted in ADE20K's alone."""
+    shifted_by_mistake = layout.zero_is_ignored and num_classes not in (None, layout.num_classes)
+    return (root / layout.labels).is_dir() and not shifted_by_mistake
 
 
 def _is_dir(root: Path, layout: Layout, name: str) -> bool:

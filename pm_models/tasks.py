@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from timm.models import eva, vision_transformer
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .data import (
     open_dataset,
     sample_images,
 )
+from .label_survey import warn_of_labels
 from .plan import CompressionPlan
 from .segmentation import (
     SegmentationImages,
@@ -245,6 +246,12 @@ class Segmentation(Task):
     quality, quality_name = "miou", "mean IoU"
 
     def open(self, *splits: str) -> tuple[Segmenter, list[SegmentationImages]]:
+        model, found = self._open(*splits)
+        if self.options.command != "eval" and PartialState().is_main_process:
+            warn_of_labels(found[0])
+        return model, found
+
+    def _open(self, *splits: str) -> tuple[Segmenter, list[SegmentationImages]]:
         options = self.options
         if not Path(options.model).is_dir():
             self._check_name()

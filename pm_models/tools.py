@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
 from .budget import LatencyTable, measure_latency
 from .checkpoints import CONFIG_NAME
 from .data import input_size
 from .export import export_model
 from .files import write_atomically
+from .images import read_image
 from .measure import alternate, throughput
 from .plan import CompressionPlan
 from .report import format_table
@@ -133,14 +134,7 @@ def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:
     """The middle of an image in the shape of the plan's grid, (height, width, 3) from 0 to 1."""
     height, width = plan.grid
     scale = _PIXELS / max(height, width)
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(
-                ImageOps.exif_transpose(image).convert("RGB"), (round(scale * width), round(scale * height))
-            )
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no image that can be read") from error
-    return np.asarray(fitted) / 255
+    return np.asarray(ImageOps.fit(read_image(path), (round(scale * width), round(scale * height)))) / 255
 
 
 def _model_to_time(name: str) -> Model:

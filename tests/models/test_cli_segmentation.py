@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -166,6 +168,42 @@ def test_the_shipped_recipe(capsys, data, dense, tmp_path):
     assert status == 0, err
     tokens = load_pretrained(tmp_path / "tuned").encoder.plan.tokens
     assert sum(tokens) == 3 + int(0.7 * 16 * 3)
+
+
+@pytest.mark.parametrize("command", ["train", "compress", "finetune"])
+def test_labels_that_cannot_be_learned_are_told_first(capsys, tmp_path, command):
+    """Masks of 0 and 255, before the training, which is stopped here by an image that is broken."""
+    for split in ("train", "val"):
+        for index in range(2):
+            for folder, content in (("images", np.zeros((36, 40, 3))), ("labels", np.eye(36, 40) * 255)):
+                path = tmp_path / "data" / folder / split / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(content.astype(np.uint8)).save(path)
+            if split == "train":
+                (tmp_path / "data" / "images" / split / f"{index}.png").write_bytes(b"broken")
+    arguments = [*MODEL, "--num-classes", "2", *SHAPE, *COMMON, "-b", "1"]
+    if command != "train":
+        arguments += ["--keep-rate", "0.5", "--prune-rate", "0.1", "--score-batches", "1"]
+    status, _, err = run(capsys, command, tmp_path / "data", *arguments, "--output", tmp_path / "o")
+    assert status == 2
+    lines = [line for line in err.splitlines() if "random weights" not in line and line.startswith("pm-vit")]
+    where = f"the 2 label maps in {tmp_path}/data/labels/train"
+    assert lines[0] == f"pm-vit: warning: 1 of 2 classes never occur in {where}, and cannot be learned: 1"
+    assert lines[1].startswith(f"pm-vit: warning: 2 of {where} hold only 0 and 255 (the first: ")
+    assert re.search(r"images/train/\d.png is no image that can be read", lines[2])
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_line(capsys, data, tmp_path, workers):
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "images" / "train").iterdir():
+        path.write_bytes(path.read_bytes()[:-200])
+    arguments = [tmp_path / "data", *MODEL, *SHAPE, *COMMON, "--ignore-index", "7", "-j", workers, *TRAINING]
+    status, _, err = run(capsys, "train", *arguments, "--output", tmp_path / "o")
+    assert status == 2
+    last = err.strip().splitlines()[-1]
+    assert re.match(rf"pm-vit train: error: {tmp_path}/data/images/train/\d\d.png is no image that can be read", last)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,5 +1,7 @@
 """Label maps from folders, crops that keep image and labels together, and measures against counting by hand."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pm_models import Segmenter
+from pm_models.label_survey import warn_of_labels
 from pm_models.segmentation import (
     IGNORED,
     SegmentationImages,
@@ -76,6 +79,35 @@ def test_cityscapes(tmp_path):
     assert (red(image)[labels != IGNORED] == labels[labels != IGNORED]).all()
 
 
+@pytest.mark.parametrize("num_classes", [3, 149, 151])
+def test_annotations_of_other_than_150_classes_are_taken_as_they_are(tmp_path, num_classes):
+    write(tmp_path, "images/training", "annotations/training", ["x"], values=(0, 1, 2, 255))
+    image, labels = SegmentationImages(tmp_path, "train", num_classes=num_classes)[0]
+    assert (labels[labels != IGNORED] == red(image)[labels != IGNORED]).all()
+    assert set(labels.unique().tolist()) == {0, 1, 2, IGNORED}
+    for told in (None, 150):
+        image, labels = SegmentationImages(tmp_path, "train", num_classes=told)[0]
+        assert set(labels.unique().tolist()) == {0, 1, IGNORED}  # 1 and 2, and what is left out
+
+
+@pytest.mark.parametrize("ending", [".PNG", ".tif", ".TIFF", ".bmp"])
+@pytest.mark.parametrize("folder", ["labels", "annotations"])
+def test_label_maps_of_other_types(tmp_path, ending, folder):
+    write(tmp_path, "images/train", f"{folder}/train", ["a", "sub/b"], label_ending=ending, values=(0, 1, 2, 255))
+    for image, labels in SegmentationImages(tmp_path, "train", num_classes=3):
+        assert (labels[labels != IGNORED] == red(image)[labels != IGNORED]).all()
+        assert set(labels.unique().tolist()) == {0, 1, 2, IGNORED}
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_label_maps_of_more_than_8_bits_are_not_scaled(tmp_path, dtype):
+    write(tmp_path, "images/train", "labels/train", ["a"])
+    stored = np.arange(240, dtype=dtype).reshape(12, 20) + 400
+    (tmp_path / "labels/train/a.png").unlink()
+    Image.fromarray(stored).save(tmp_path / "labels/train/a.tif")
+    assert (SegmentationImages(tmp_path, "train", num_classes=1000)[0][1].numpy() == stored).all()
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -87,7 +119,13 @@ def test_cityscapes(tmp_path):
         (lambda root: [p.unlink() for p in (root / "images/train").iterdir()], ValueError, "train holds no images"),
         (lambda root: {"num_classes": 2}, ValueError, "a.png has the class 2, expected 0 to 1, or 255 or ignore_index"),
         (lambda root: save(root, np.zeros((12, 20, 3))), ValueError, "a.png has 3 channels, expected one"),
-        (lambda root: save(root, np.zeros((20, 12))), ValueError, "a.png is 12 x 20, but its image is 20 x 12"),
+        (lambda root: save(root, np.zeros((20, 12))), ValueError, "a.png is 12 x 20, but its image is 20 x 12$"),
+        (lambda root: floats(root), ValueError, "a.tif holds floats, expected whole numbers"),
+        (
+            lambda root: (root / "labels/train/a.png").rename(root / "labels/train/a.jpg"),
+            FileNotFoundError,
+            r"the first: .*labels/train/a.png or .tif or .tiff or .bmp",
+        ),
     ],
 )
 def test_errors(tmp_path, damage, error, message):
@@ -98,8 +136,60 @@ def test_errors(tmp_path, damage, error, message):
         SegmentationImages(**arguments)[0]
 
 
+def floats(root):
+    (root / "labels/train/a.png").unlink()
+    Image.new("F", (20, 12)).save(root / "labels/train/a.tif")
+
+
 def save(root, content):
     Image.fromarray(content.astype(np.uint8)).save(root / "labels/train/a.png")
+
+
+def told(root, num_classes, **options):
+    """What is told of the label maps before training."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_labels(SegmentationImages(root, "train", num_classes=num_classes, **options))
+    return [str(warning.message) for warning in caught]
+
+
+def test_classes_that_never_occur_are_told(tmp_path):
+    write(tmp_path, "images/train", "labels/train", ["a", "b", "sub/c"], values=(0, 2, 7, 255))
+    where = f"the 3 label maps in {tmp_path}/labels/train, and cannot be learned"
+    assert told(tmp_path, 5, ignore_index=7) == [f"3 of 5 classes never occur in {where}: 1, 3, 4"]
+    assert told(tmp_path, 8, ignore_index=2) == [f"6 of 8 classes never occur in {where}: 1, 2, 3, 4, 5, 6"]
+    assert told(tmp_path, 20)[0].endswith(": 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, ...")
+    write(tmp_path, "images/train", "labels/train", ["a", "b", "sub/c"], values=(0, 1, 2))
+    assert told(tmp_path, 3) == []
+    write(tmp_path, "images/train", "labels/train", ["b"], values=(0, 1, 2, 9))
+    with pytest.raises(ValueError, match="b.png has the class 9, expected 0 to 4"):
+        told(tmp_path, 5)
+
+
+def test_masks_of_0_and_255_are_told(tmp_path):
+    write(tmp_path, "images/train", "labels/train", ["a", "b", "c", "d"], values=(0, 1))
+    assert told(tmp_path, 2) == []
+    write(tmp_path, "images/train", "labels/train", ["b", "c"], values=(0, 255))
+    write(tmp_path, "images/train", "labels/train", ["d"], values=(0, 1, 255))
+    mask = (
+        f"of the 4 label maps in {tmp_path}/labels/train hold only 0 and 255 (the first: "
+        f"{tmp_path}/labels/train/{{}}.png), and 255 is left out: save masks with the classes 0 and 1"
+    )
+    assert told(tmp_path, 2) == [f"2 {mask.format('b')}"]
+    write(tmp_path, "images/train", "labels/train", ["a", "d"], values=(0, 255))
+    never, masks = told(tmp_path, 2)
+    assert never.startswith("1 of 2 classes never occur in the 4 label maps in ")
+    assert never.endswith(": 1")
+    assert masks == f"4 {mask.format('a')}"
+
+
+def test_of_very_many_label_maps_some_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("pm_models.label_survey._MOST", 4)
+    write(tmp_path, "images/train", "labels/train", "abcdefgh", values=(0, 255))
+    never, masks = told(tmp_path, 2)
+    where = f"4 label maps drawn at random from the 8 label maps in {tmp_path}/labels/train"
+    assert f"1 of 2 classes never occur in {where}, and cannot be learned: 1" == never
+    assert masks.startswith(f"4 of {where} hold only 0 and 255 (the first: ")
 
 
 def test_crops_keep_image_and_labels_together(tmp_path):
