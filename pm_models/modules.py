@@ -1,7 +1,8 @@
 """Modules looked at, and put in the place of others, without changing what they compute."""
 
-import torch
 from torch import nn
+from torch.nn.modules import module as registry
+from torch.utils.module_tracker import ModuleTracker
 
 
 def is_touched(module: nn.Module) -> bool:
@@ -14,8 +15,22 @@ def is_touched(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or "forward" in own
         or own.get("_compiled_call_impl")
-        or torch.nn.modules.module._has_any_global_hook()
+        or _has_global_hook()
     )
+
+
+def _has_global_hook() -> bool:
+    """Whether a hook is on all modules, but for those by which torch's FLOP counter follows what really runs."""
+    if not registry._has_any_global_hook():
+        return False
+    kinds = (
+        registry._global_forward_pre_hooks,
+        registry._global_forward_hooks,
+        registry._global_backward_pre_hooks,
+        registry._global_backward_hooks,
+    )
+    hooks = (hook for kind in kinds for hook in kind.values())
+    return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -2,7 +2,10 @@
 
 import pytest
 import timm
+import torch
 from helpers import images_for, plan_for, small_vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pm_models import Segmenter, compress
 from pm_models.measure import alternate, count_gmacs, throughput
@@ -54,3 +57,12 @@ def test_folding_is_not_counted_for_an_image():
     blocks = sum(12 * width * width * count + 2 * count * count * width for count in tokens)
     embedded, decoded = 35 * 3 * 16 * width, 35 * width * 4
     assert count_gmacs(segmenter, (3, 28, 20)) == pytest.approx(1e-9 * (blocks + embedded + decoded), rel=1e-6)
+
+
+def test_a_flop_counter_counts_what_runs():
+    """Its hooks follow the modules, and change nothing; the class token alone is computed in the last block."""
+    model = small_vit(depth=3)
+    compressed = compress(model, plan_for(model)).eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        compressed(images_for(model, 1))
+    assert counter.get_total_flops() == 2e9 * count_gmacs(compressed, (3, 28, 20))
