@@ -93,11 +93,11 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     if new_head or not model.num_classes:
         weights = _with_own_head(model, weights)
-    different = [name for names in _differences(model, weights).values() for name in names]
+    different = [name for names in _different_names(model, weights).values() for name in names]
     if all(_is_head(name) for name in different):
         check_head(str(path), classes, model.num_classes, new_head=new_head)
     if different:
-        raise ValueError(f"{refusal}: {_told(model, weights)}")
+        raise ValueError(f"{refusal}: {differences(model, weights)}")
     model.load_state_dict(weights)
 
 
@@ -126,7 +126,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.Pa
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        found = _told(model, weights) or cause(error)
+        found = differences(model, weights) or cause(error)
         raise ValueError(f"the weights of {os.fspath(path)} are of another model: {found}") from error
 
 
@@ -231,7 +231,7 @@ def _with_own_head(model: PlainModel, weights: dict[str, Tensor]) -> dict[str, T
     if model.num_classes and "fc_norm.weight" in missing and "norm.weight" in unexpected:
         # A better start than a new norm, as timm has it for EVA.
         weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
-    other = [name for names in _differences(model, weights).values() for name in names if _is_head(name)]
+    other = [name for names in _different_names(model, weights).values() for name in names if _is_head(name)]
     own = {name: expected[name] for name in other if name in expected}
     return {name: value for name, value in weights.items() if name not in other} | own
 
@@ -250,7 +250,7 @@ def _load_npz(model: VisionTransformer, path: Path, new_head: bool) -> None:
     check_head(str(path), classes, model.num_classes, new_head=new_head)
 
 
-def _differences(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
+def _different_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
     """The names that are missing, unexpected, or have other shapes than the model's."""
     expected = model.state_dict()
     return {
@@ -260,7 +260,7 @@ def _differences(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list
     }
 
 
-def _told(model: nn.Module, weights: dict[str, Tensor]) -> str:
+def differences(model: nn.Module, weights: dict[str, Tensor]) -> str:
     """How weights differ from the model's: how many, and the first few by their names and shapes."""
     expected = model.state_dict()
 
@@ -270,7 +270,7 @@ def _told(model: nn.Module, weights: dict[str, Tensor]) -> str:
     return "; ".join(
         f"{kind} ({len(names)}): {', '.join(f'{name} {shapes(name)}' for name in names[:3])}"
         + (", ..." if len(names) > 3 else "")
-        for kind, names in _differences(model, weights).items()
+        for kind, names in _different_names(model, weights).items()
         if names
     )
 
