@@ -59,13 +59,14 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
     if path is None:
         return
     values = _read(path)
+    of_timm = len(_OF_TIMM & values.keys()) > 1  # a single one is rather a mistake in a user's own
+    if of_timm:
+        values = _translated(values)
     options = {
         name: {action.dest: action for action in parser._actions if action.option_strings and action.dest != "config"}
         for name, parser in parsers.items()
     }
-    _check_names(path, values, {key for known in options.values() for key in known})
-    if _is_timms(values):
-        values = _translated(values)
+    passed_over = _unknown(path, values, {key for known in options.values() for key in known}, of_timm)
     parser, known = parsers[command], options[command]
     taken = {
         key: value
@@ -82,36 +83,30 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
         elif any(key in taken for key in members):
             group.required = False
     for key, value in taken.items():
-        known[key].default = _value(path, key, known[key], value)
+        known[key].default = None if value is None else _value(path, key, known[key], value)
         known[key].required = False
-
-
-def _check_names(path: Path, values: dict, known: set[str]) -> None:
-    """Refuse options that there are not; pass over those of timm's alone in a file of timm's, with a warning.
-
-    Raises:
-        ValueError: naming them, and what they may be meant for.
-    """
-    unknown = [key for key in values if key not in known]
-    likely = {key: difflib.get_close_matches(key, known | _OF_TIMM, 1, 0.8) for key in unknown if key not in _OF_TIMM}
-    wrong = [key for key in likely if likely[key]] if _is_timms(values) else unknown
-    if wrong:
-        meant = [name for key in wrong for name in likely.get(key, []) if name in known]
-        hint = f"; did you mean {', '.join(meant)}?" if meant else ""
-        raise ValueError(f"{path}: {', '.join(wrong)}: no such option{hint}")
-    if unknown:
-        empty = [key for key in unknown if not values[key]]
-        given = [f"{key} = {values[key]}" for key in unknown if key not in empty]
+    if passed_over:
         print(
             f"pm-vit: warning: {path} is timm's; its options that pm-vit does not have are passed over: "
-            f"{', '.join(given + empty)}",
+            f"{', '.join(passed_over)}",
             file=sys.stderr,
         )
 
 
-def _is_timms(values: dict) -> bool:
-    """Whether a file is of timm's ``train.py``: one or two of its options may be a mistake in a user's own."""
-    return len(_OF_TIMM & values.keys()) > 2
+def _unknown(path: Path, values: dict, known: set[str], of_timm: bool) -> list[str]:
+    """The options that there are not, in a file of timm's, those with a value first.
+
+    Raises:
+        ValueError: one is likely a mistake, as each is in a user's own file; naming them, and what may be meant.
+    """
+    unknown = [key for key in values if key not in known]
+    likely = {key: difflib.get_close_matches(key, known | _OF_TIMM, 1, 0.8) for key in unknown if key not in _OF_TIMM}
+    wrong = [key for key in likely if likely[key]] if of_timm else unknown
+    if wrong:
+        meant = [name for key in wrong for name in likely.get(key, []) if name in known]
+        hint = f"; did you mean {', '.join(meant)}?" if meant else ""
+        raise ValueError(f"{path}: {', '.join(wrong)}: no such option{hint}")
+    return [f"{key} = {values[key]}" for key in unknown if values[key]] + [key for key in unknown if not values[key]]
 
 
 def _translated(values: dict) -> dict:
@@ -128,6 +123,7 @@ def _translated(values: dict) -> dict:
     if isinstance(size, list) and len(size) == 3 and size[1] == size[2]:
         for key, side in (("in_chans", size[0]), ("img_size", size[1])):
             values[key] = values.get(key) or side
+        del values["input_size"]
     return values
 
 
