@@ -148,7 +148,8 @@ def _check_weights(model: nn.Module) -> None:
         )
     for name, value in model.state_dict().items():
         plain = type(value) in (Tensor, nn.Parameter)
-        if not plain or not (value.is_floating_point() or name.endswith("position_ids")):
+        counts = name.endswith(("position_ids", "num_batches_tracked"))
+        if not plain or not (value.is_floating_point() or counts):
             kind = value.dtype if plain else type(value).__name__
             raise ValueError(
                 f"model has other weights than floating-point tensors, {name} of {kind}, as a quantised one has: "
