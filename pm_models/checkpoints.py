@@ -161,6 +161,8 @@ def _build(folder: Path, uncompressed: bool = False) -> Model:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if "model_type" in config and "architecture" not in config:
+            raise ValueError("it is a model of transformers, which pm_models.to_timm takes once it is loaded")
         if config["architecture"].startswith(PREFIX):
             registered_name(config["architecture"])
             if missing := [name for name in COMPRESSION if name not in config["model_args"]]:

@@ -313,3 +313,9 @@ def test_classes_that_are_not_taken(name, options):
 def test_adapters_that_are_merged():
     given = transformers_model("ViTModel")
     assert torch.equal(to_timm(Adapted(given).merge_and_unload()).cls_token, given.embeddings.cls_token)
+
+
+def test_a_folder_of_transformers_is_known(tmp_path):
+    transformers_model("ViTModel").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it is a model of transformers, which pm_models.to_timm takes"):
+        load_pretrained(tmp_path)

@@ -12,6 +12,7 @@ import torch
 from helpers import images_for, plan_for, small_vit
 from PIL import Image
 from safetensors.torch import save_file
+from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pm_models import compress, load_authors_checkpoint, load_pretrained, save_pretrained
 from pm_models.checkpoints import load_state_file
@@ -128,6 +129,15 @@ def test_files_of_training_scripts(evaluate, expected, tmp_path, kind, suffix):
         assert numbers[0] == pytest.approx(numbers[1], rel=0.01)
     else:
         assert found == expected
+
+
+def test_what_timm_saves(evaluate, expected, tmp_path):
+    """By its own saver, with the arguments of a run and a metric of numpy's."""
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = CheckpointSaver(model, optimizer, args=ARGUMENTS, model_ema=ModelEmaV3(model), checkpoint_dir=tmp_path)
+    saver.save_checkpoint(0, metric=np.float64(71.5))
+    assert [evaluate("--checkpoint", tmp_path / f"{name}.pth.tar") for name in ("last", "model_best")] == [expected] * 2
 
 
 def test_other_containers(evaluate, expected, tmp_path):
@@ -373,6 +383,11 @@ def test_names_of_folders_that_timm_reads(evaluate, expected, tmp_path, data, ca
     )
     assert "has a head for 3 classes, and the model is for 5: the head starts anew" in found
     assert load_pretrained(tmp_path / "out").num_classes == 5
+    compression = ["--keep-rate", "0.5", "--prune-rate", "0.1", "--output", tmp_path / "compressed"]
+    evaluate("--pretrained", *compression, model=folder, command="compress")
+    compressed = load_pretrained(tmp_path / "compressed")
+    assert torch.equal(compressed.head.weight, model.head.weight)
+    assert compressed.plan.tokens[0] < 17
     assert "local-dir:nowhere cannot be made: Config file not found: nowhere/config.json" in evaluate(
         model="local-dir:nowhere"
     )
