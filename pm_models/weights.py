@@ -88,9 +88,9 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
     try:
         weights = (eva.checkpoint_filter_fn if isinstance(model, eva.Eva) else renamed)(weights, model)
         _adapt_channels(model, weights)
+        classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     except Exception as error:  # of names and shapes that timm did not expect, of whatever kind
         raise ValueError(f"{refusal}: {_about_positions(model, weights, error)}") from error
-    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     if new_head or not model.num_classes:
         weights = _with_own_head(model, weights)
     different = [name for names in _different_names(model, weights).values() for name in names]
@@ -98,7 +98,7 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
         check_head(str(path), classes, model.num_classes, new_head=new_head)
     if different:
         raise ValueError(f"{refusal}: {differences(model, weights)}")
-    model.load_state_dict(weights)
+    load_weights(model, weights, path)
 
 
 def check_head(source: str, classes: int, wanted: int, *, new_head: bool) -> None:
