@@ -204,8 +204,8 @@ def _add_data(parser: argparse.ArgumentParser, task: str) -> None:
         "-c",
         "--config",
         metavar="FILE",
-        help="YAML file of options, by their long names with _ for -; options on the command line come before it. "
-        f"Shipped with pm-vit: {', '.join(shipped_configs())}",
+        help="YAML file of options, by their long names, or the args.yaml of timm's train.py; the command line's own "
+        f"options come before it. Shipped with pm-vit: {', '.join(shipped_configs())}",
     )
     parser.add_argument(
         "--task",
@@ -275,10 +275,14 @@ def _add_model(parser: argparse.ArgumentParser, task: str) -> None:
     group.add_argument(
         "--model",
         required=True,
-        help="a timm Vision Transformer's name, a folder saved by pm-vit"
+        help="a timm Vision Transformer's name (hf-hub:... and local-dir:... too), a folder saved by pm-vit"
         + (", or a published Segmenter's folder" if segmentation else ""),
     )
-    group.add_argument("--checkpoint", type=Path, help="file with the named model's weights (.safetensors or .pth)")
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="file with the named model's weights: .safetensors, or what torch.save wrote (.pth, .pth.tar, .ckpt, ...)",
+    )
     group.add_argument("--pretrained", action="store_true", help="let timm download weights for the named model")
     group.add_argument("--num-classes", type=_positive, help="classes (as many as the data has)")
     group.add_argument(

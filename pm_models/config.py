@@ -1,12 +1,39 @@
-"""Options from a YAML file: a user's own, or one of the recipes that are shipped."""
+"""Options from a YAML file: a user's own, one of the recipes that are shipped, or timm's ``args.yaml``."""
 
 import argparse
+import difflib
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import yaml
+from timm.utils import ParseKwargs
 
 _SHIPPED = Path(__file__).parent / "recipes"
+_EMPTY = (None, "", "None")  # said of an option that was not given
+_NULLABLE = {"clip_grad"}  # where null is a choice of its own
+_TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+
+# The options of timm's train.py that pm-vit does not have: all of them stand in the args.yaml of each of its runs.
+_OF_TIMM = frozenset(
+    """
+    amp_impl aug_repeats aug_splits bce_loss bce_pos_weight bce_sum bce_target_thresh bn_eps bn_momentum channels_last
+    checkpoint_hist class_map clip_mode color_jitter_prob cooldown_epochs cutmix_minmax data data_dir dataset_download
+    dataset_trust_remote_code decay_epochs decay_milestones decay_rate device_modules dist_bn distill_loss_weight drop
+    drop_block drop_connect drop_path epoch_repeats eval_metric experiment fast_norm fuser gaussian_blur_prob gp
+    grayscale_prob head_init_bias head_init_scale initial_checkpoint input_img_mode input_key input_size jsd_loss
+    kd_distill_type kd_loss_type kd_model_name kd_student_feature_dim kd_teacher_feature_dim kd_temperature
+    kd_token_distill_type layer_decay_min_scale layer_decay_no_opt_scale local_rank log_interval log_wandb
+    lr_cycle_decay lr_cycle_limit lr_cycle_mul lr_k_decay lr_noise lr_noise_pct lr_noise_std mixup_mode mixup_off_epoch
+    mixup_prob mixup_switch_prob model_dtype model_ema_force_cpu model_ema_warmup momentum naflex_loader
+    naflex_loss_scale naflex_max_seq_len naflex_patch_size_probs naflex_patch_sizes naflex_train_seq_lens no_ddp_bb
+    no_prefetcher no_resume_opt opt_betas opt_eps opt_kwargs patience_epochs pin_mem pretrained_path resplit resume
+    save_images sched_on_updates split_bn start_epoch sync_bn synchronize_step target_key task_loss_weight
+    torchcompile torchcompile_mode torchscript train_crop_mode train_num_samples tta use_multi_epochs_loader
+    val_interval val_num_samples validation_batch_size wandb_project wandb_resume_id wandb_tags warmup_prefix
+    worker_seeding
+    """.split()
+)
 
 
 def shipped_configs() -> list[str]:
@@ -19,7 +46,8 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
 
     Args:
         command: the command that runs. An option of another command is passed over, so that one file serves the steps
-            of one job; an option of none is an error.
+            of one job; an option of none is an error, but in the ``args.yaml`` of timm's ``train.py``, where it is a
+            warning. An empty value is none.
         parsers: every command's parser.
         arguments: of the command line, after the command.
 
@@ -31,15 +59,20 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
     if path is None:
         return
     values = _read(path)
+    of_timm = len(_OF_TIMM & values.keys()) > 1  # a single one is rather a mistake in a user's own
+    if of_timm:
+        values = _translated(values)
     options = {
         name: {action.dest: action for action in parser._actions if action.option_strings and action.dest != "config"}
         for name, parser in parsers.items()
     }
-    unknown = [key for key in values if not any(key in known for known in options.values())]
-    if unknown:
-        raise ValueError(f"{path}: {', '.join(map(str, unknown))}: no such option")
+    passed_over = _unknown(path, values, {key for known in options.values() for key in known}, of_timm)
     parser, known = parsers[command], options[command]
-    taken = {key: value for key, value in values.items() if key in known}
+    taken = {
+        key: value
+        for key, value in values.items()
+        if key in known and (value not in _EMPTY or (value is None and key in _NULLABLE))
+    }
     given = _given(parser, arguments)
     for group in parser._mutually_exclusive_groups:
         members = [action.dest for action in group._group_actions]
@@ -50,8 +83,48 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
         elif any(key in taken for key in members):
             group.required = False
     for key, value in taken.items():
-        known[key].default = _value(path, key, known[key], value)
+        known[key].default = None if value is None else _value(path, key, known[key], value)
         known[key].required = False
+    if passed_over:
+        print(
+            f"pm-vit: warning: {path} is timm's; its options that pm-vit does not have are passed over: "
+            f"{', '.join(passed_over)}",
+            file=sys.stderr,
+        )
+
+
+def _unknown(path: Path, values: dict, known: set[str], of_timm: bool) -> list[str]:
+    """The options that there are not, in a file of timm's, those with a value first.
+
+    Raises:
+        ValueError: one is likely a mistake, as each is in a user's own file; naming them, and what may be meant.
+    """
+    unknown = [key for key in values if key not in known]
+    likely = {key: difflib.get_close_matches(key, known | _OF_TIMM, 1, 0.8) for key in unknown if key not in _OF_TIMM}
+    wrong = [key for key in likely if likely[key]] if of_timm else unknown
+    if wrong:
+        meant = [name for key in wrong for name in likely.get(key, []) if name in known]
+        hint = f"; did you mean {', '.join(meant)}?" if meant else ""
+        raise ValueError(f"{path}: {', '.join(wrong)}: no such option{hint}")
+    return [f"{key} = {values[key]}" for key in unknown if values[key]] + [key for key in unknown if not values[key]]
+
+
+def _translated(values: dict) -> dict:
+    """What the values of timm's ``train.py`` mean here, where that is something else."""
+    values = dict(values)
+    if str(values.get("device")).startswith("cuda"):
+        del values["device"]
+    if not values.get("lr"):
+        values.pop("lr", None)
+    if not values.get("lr_base_scale"):
+        rooted = any(part in str(values.get("opt")).lower() for part in ("ada", "lamb"))
+        values["lr_base_scale"] = "sqrt" if rooted else "linear"
+    size = values.get("input_size")
+    if isinstance(size, list) and len(size) == 3 and size[1] == size[2]:
+        for key, side in (("in_chans", size[0]), ("img_size", size[1])):
+            values[key] = values.get(key) or side
+        del values["input_size"]
+    return values
 
 
 def find_task(arguments: list[str], tasks: Collection[str], default: str) -> str:
@@ -65,7 +138,7 @@ def find_task(arguments: list[str], tasks: Collection[str], default: str) -> str
     named = _finder("--task").parse_known_args(arguments)[0].task
     if named is None and (path := _config_path(arguments)) is not None:
         named = _read(path).get("task")
-    return named if named in tasks else default
+    return named if isinstance(named, str) and named in tasks else default
 
 
 def _config_path(arguments: list[str]) -> Path | None:
@@ -93,7 +166,10 @@ def _read(path: Path) -> dict:
         raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected options and values, such as epochs: 30, got {type(values).__name__}")
-    return values
+    named = {str(key).lstrip("-").replace("-", "_"): value for key, value in values.items()}
+    if len(named) < len(values):
+        raise ValueError(f"{path}: an option is given twice, with - and with _")
+    return named
 
 
 def _given(parser: argparse.ArgumentParser, arguments: list[str]) -> set[str]:
@@ -116,27 +192,49 @@ def _value(path: Path, key: str, action: argparse.Action, value: object) -> obje
     Raises:
         ValueError: the option takes no such value.
     """
-    if value is None or (action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)):
-        if isinstance(value, bool) or (value is None and action.nargs != 0):
-            return value
-        raise ValueError(f"{path}: {key} must be true or false, got {value!r}")
+    if action.nargs == 0:
+        if (truth := _TRUTH.get(str(value).lower())) is None:
+            raise ValueError(f"{path}: {key} must be true or false, got {value!r}")
+        return truth
+    if isinstance(action, ParseKwargs):
+        return _names_and_values(path, key, action, value)
     if isinstance(value, dict):
-        if not isinstance(action.default, dict):
-            raise ValueError(f"{path}: {key} takes no names and values, got {value!r}")
-        return value
-    values = value if isinstance(value, list) else [value]
-    if (isinstance(value, list) != (action.nargs is not None)) or (
-        isinstance(action.nargs, int) and len(values) != action.nargs
-    ):
-        expected = (
-            "one value" if action.nargs is None else "a list" if action.nargs == "+" else f"{action.nargs} values"
-        )
+        raise ValueError(f"{path}: {key} takes no names and values, got {value!r}")
+    several = action.nargs is not None
+    values = value if isinstance(value, list) else str(value).replace(",", " ").split() if several else [value]
+    if action.nargs is None:
+        fits, expected = not isinstance(value, list), "one value"
+    elif action.nargs == "+":
+        fits, expected = len(values) > 0, "a list"
+    else:
+        fits, expected = len(values) == action.nargs, f"{action.nargs} values"
+    if not fits:
         raise ValueError(f"{path}: {key} takes {expected}, got {value!r}")
     try:
-        converted = [action.type(str(item)) if action.type else str(item) for item in values]
+        converted = [_converted(action, item) for item in values]
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path}: {key}: {error}") from error
     for item in converted:
         if action.choices is not None and item not in action.choices:
             raise ValueError(f"{path}: {key} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
-    return converted if action.nargs is not None else converted[0]
+    return converted if several else converted[0]
+
+
+def _converted(action: argparse.Action, item: object) -> object:
+    if isinstance(item, bool):
+        raise ValueError(f"takes no true or false, got {item!r}; a word stands in quotes")
+    if action.type is None:
+        return str(item)
+    return action.type(str(int(item) if isinstance(item, float) and item.is_integer() else item))
+
+
+def _names_and_values(path: Path, key: str, action: ParseKwargs, value: object) -> dict:
+    """A dict, or ``NAME=VALUE`` as on the command line, one or a list of them."""
+    if isinstance(value, dict):
+        return value
+    parsed = argparse.Namespace()
+    try:
+        action(None, parsed, [str(item) for item in (value if isinstance(value, list) else str(value).split())])
+    except ValueError as error:
+        raise ValueError(f"{path}: {key} takes names and values, got {value!r}") from error
+    return getattr(parsed, action.dest)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,11 @@ import numpy as np
 import timm
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
-from timm.models import eva, vision_transformer
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpoints import CONFIG_NAME, VARIANT_NAME, load_pretrained, load_segmenter_checkpoint, load_state_file
+from .checkpoints import CONFIG_NAME, load_pretrained
 from .data import (
     calibration_loader,
     check_classes,
@@ -27,6 +27,7 @@ from .data import (
 )
 from .label_survey import warn_of_labels
 from .plan import CompressionPlan
+from .published import VARIANT_NAME, load_segmenter_checkpoint
 from .segmentation import (
     SegmentationImages,
     evaluate_segmentation,
@@ -47,6 +48,7 @@ from .training import (
 )
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
 from .visualize import save_segmentation_picture
+from .weights import cause, check_head, load_checkpoint
 
 
 class Task(ABC):
@@ -115,30 +117,14 @@ class Task(ABC):
         """The timm model that ``--model`` names, with the weights of ``--checkpoint``."""
         options = self.options
         arguments |= {"img_size": options.img_size, "in_chans": options.in_chans, **options.model_kwargs}
-        model = timm.create_model(
-            options.model,
-            pretrained=options.pretrained,
-            **{name: value for name, value in arguments.items() if value is not None},
-        )
-        if not isinstance(model, Compressed):
-            check_vision_transformer(model)
+        model = make_model(options.model, "--model", pretrained=options.pretrained, **arguments)
+        new_head = options.command == "train"
         if options.checkpoint is not None:
-            weights = load_state_file(options.checkpoint)
-            if not model.num_classes:
-                weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
-            renamed = (eva if isinstance(model, eva.Eva) else vision_transformer).checkpoint_filter_fn
-            try:
-                model.load_state_dict(renamed(weights, model))
-            except (RuntimeError, KeyError, AttributeError) as error:
-                raise ValueError(
-                    f"{options.checkpoint} does not hold the weights of {options.model}: {error}"
-                ) from error
+            load_checkpoint(model, options.checkpoint, new_head=new_head)
+        elif options.pretrained:  # timm leaves a head for other classes random
+            classes = model.pretrained_cfg.get("num_classes") or 0
+            check_head(f"the weights of {options.model}", classes, model.num_classes, new_head=new_head)
         return model
-
-    def _check_name(self) -> None:
-        """Refuse a ``--model`` that is neither a folder nor a name."""
-        if not timm.is_model(self.options.model):
-            raise unknown_model(self.options.model, "--model")
 
     def _normalisation(self) -> dict[str, tuple[float, ...]]:
         """The mean and standard deviation, where they were given."""
@@ -168,7 +154,7 @@ class Classification(Task):
                 raise ValueError(f"{options.model} holds a Segmenter: give --task segmentation")
             found = datasets(model.in_chans)
         else:
-            self._check_name()
+            check_name(options.model, "--model")
             found = datasets(options.in_chans or 3)
             classes = class_names(found[0])
             model = self._named_model(num_classes=options.num_classes or (len(classes) if classes else None))
@@ -254,9 +240,14 @@ class Segmentation(Task):
     def _open(self, *splits: str) -> tuple[Segmenter, list[SegmentationImages]]:
         options = self.options
         if not Path(options.model).is_dir():
-            self._check_name()
+            check_name(options.model, "--model")
             found = self._datasets(splits, options.num_classes)
             encoder = self._named_model(num_classes=0)
+            if options.command != "train" and (options.pretrained or options.checkpoint is not None):
+                warnings.warn(
+                    f"the decoder on {options.model} has random weights: name a folder that pm-vit train wrote",
+                    stacklevel=2,
+                )
             decoder = {f"decoder_{name}": value for name, value in options.decoder_kwargs.items()}
             try:
                 return Segmenter(encoder, found[0].num_classes, decoder=options.decoder, **decoder), found
@@ -358,13 +349,37 @@ class Segmentation(Task):
 
 DEFAULT_TASK = "classification"
 TASKS = {DEFAULT_TASK: Classification, "segmentation": Segmentation}
+_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # of timm's names of models that it does not have itself
 
 
-def unknown_model(name: str, option: str) -> ValueError:
-    """The error of a name that is neither a folder nor one of timm's, with names like it."""
+def check_name(name: str, option: str) -> None:
+    """Refuse what is neither a folder nor a name that timm makes a model of, with names like it.
+
+    Raises:
+        ValueError: it is none of timm's models, and says of no hub or folder that timm is to look in.
+    """
+    if name.partition(":")[0].lower() in _SOURCES or timm.is_model(name):
+        return
     similar = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(name, timm.list_models(), 3)
+    similar = similar or ([f"hf-hub:{name}"] if "/" in name else [])
     hint = f"; did you mean {', '.join(similar)}?" if similar else ""
-    return ValueError(f"{option} {name} is neither a saved folder nor a timm model{hint}")
+    raise ValueError(f"{option} {name} is neither a saved folder nor a timm model{hint}")
+
+
+def make_model(name: str, option: str, **arguments: object) -> PlainModel:
+    """The model of timm that an option names; arguments of ``None`` are timm's own.
+
+    Raises:
+        ValueError: timm cannot make it: of an argument, a folder or a hub.
+        TypeError: it is no Vision Transformer that can be compressed.
+    """
+    try:
+        model = timm.create_model(name, **{key: value for key, value in arguments.items() if value is not None})
+    except Exception as error:  # whatever a hub, a folder or a model's own arguments lead to
+        raise ValueError(f"{option} {name} cannot be made: {cause(error)}") from error
+    if not isinstance(model, Compressed):
+        check_vision_transformer(model)
+    return model
 
 
 def load_model(folder: str | Path) -> Model:

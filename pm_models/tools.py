@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import ImageOps
 
@@ -22,8 +21,8 @@ from .measure import alternate, throughput
 from .plan import CompressionPlan
 from .report import format_table
 from .segmenter import Model, encoder_of
-from .tasks import load_model, unknown_model
-from .vision_transformer import Compressed, check_vision_transformer
+from .tasks import check_name, load_model, make_model
+from .vision_transformer import Compressed
 from .visualize import save_latency_picture, save_plan_picture
 
 _PIXELS = 448  # of the longer side of a picture under a plan
@@ -140,11 +139,8 @@ def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:
 def _model_to_time(name: str) -> Model:
     if Path(name).is_dir():
         return load_model(name)
-    if not timm.is_model(name):
-        raise unknown_model(name, "MODEL")
-    model = timm.create_model(name)
-    check_vision_transformer(model)
-    return model
+    check_name(name, "MODEL")
+    return make_model(name, "MODEL")
 
 
 def _check_new(output: Path) -> None:

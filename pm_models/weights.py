@@ -1,0 +1,291 @@
+"""Weights by name: the files that timm, DeiT, Lightning and others save them in, and models that take them."""
+
+import itertools
+import os
+import re
+import warnings
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv, eva, vision_transformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .vision_transformer import PlainModel
+
+# Where a training script's file holds the weights, the first that is there: averaged ones before the last step's.
+_HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "teacher", "student")
+# What torch.compile, FSDP and activation checkpointing put into names, anywhere; and what wraps a whole model.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = ("module.", "model.")
+_PIECE = re.compile(r"-\d{5}-of-(?!00001)\d{5}\b|\.index\.json$")
+_OTHER_FORMATS = {".gguf", ".h5", ".hdf5", ".index", ".json", ".msgpack", ".npy", ".npz", ".onnx", ".pb", ".pt2"}
+_HEAD = {"attn_pool", "fc_norm", "head", "head_dist"}  # the modules of timm's that read the tokens
+
+
+class _Unread:
+    """In the place of an object that a file holds beside its weights: it takes whatever pickle has for that."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# Training scripts leave their arguments and metrics beside the weights. Nothing of these classes runs.
+_UNREAD = [
+    (_Unread, f"{module}.{name}")
+    for modules, names in (
+        (["argparse"], ["Namespace"]),
+        (["numpy.core.multiarray", "numpy._core.multiarray"], ["scalar", "_reconstruct"]),
+        (["numpy"], ["dtype", "ndarray"]),
+        (["pathlib", "pathlib._local"], ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"]),
+    )
+    for module, name in itertools.product(modules, names)
+]
+
+
+def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The weights in a ``.safetensors`` file, or in one of ``torch.save`` as timm, DeiT, Lightning and others write it.
+
+    What a training script leaves beside the weights is passed over. Names lose what DDP, ``torch.compile`` or Lightning
+    put before all of them: ``module.``, ``_orig_mod.``, ``model.``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, in pieces, of another format, or holds no weights. Pickled code is never run.
+    """
+    content = read_file(path, "is truncated or no checkpoint that loads without running code")
+    for _ in range(3):  # not without end, as a file may hold itself
+        content = next((content[key] for key in _HOLDERS if _holds(content, key)), content)
+    if not is_weights(content):
+        raise ValueError(f"{os.fspath(path)} holds no weights: expected tensors by name, or such a dict under 'model'")
+    return unwrapped(content)
+
+
+def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: bool = False) -> None:
+    """Give a timm model the weights of someone's file, renamed and resized by timm's own rules.
+
+    Args:
+        model: it is changed in place.
+        path: as :func:`load_state_file` takes it, or an ``.npz`` of the original JAX weights.
+        new_head: where the file has no head, or one for other classes, the model keeps its own, with a warning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or holds the weights of another model; the message says how it differs.
+    """
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_file() and isinstance(model, VisionTransformer):
+        _load_npz(model, path, new_head)
+        return
+    refusal = f"{path} does not hold the weights of {model.pretrained_cfg.get('architecture', 'the model')}"
+    weights = _of_encoder(load_state_file(path))
+    renamed = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
+    try:
+        weights = (eva.checkpoint_filter_fn if isinstance(model, eva.Eva) else renamed)(weights, model)
+        _adapt_channels(model, weights)
+        classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    except Exception as error:  # of names and shapes that timm did not expect, of whatever kind
+        raise ValueError(f"{refusal}: {_about_positions(model, weights, error)}") from error
+    if new_head or not model.num_classes:
+        weights = _with_own_head(model, weights)
+    different = [name for names in _different_names(model, weights).values() for name in names]
+    if all(_is_head(name) for name in different):
+        check_head(str(path), classes, model.num_classes, new_head=new_head)
+    if different:
+        raise ValueError(f"{refusal}: {differences(model, weights)}")
+    load_weights(model, weights, path)
+
+
+def check_head(source: str, classes: int, wanted: int, *, new_head: bool) -> None:
+    """Tell of weights whose head is for other classes than the model's; 0 classes are no head.
+
+    Raises:
+        ValueError: a new head is not what the command is for.
+    """
+    if wanted in (0, classes):
+        return
+    found = f"{source} has {f'a head for {classes} classes' if classes else 'no head'}, and the model is for {wanted}"
+    if new_head:
+        warnings.warn(f"{found}: the head starts anew", stacklevel=2)
+        return
+    way = f"give --num-classes {classes}, or train" if classes else "train"
+    raise ValueError(f"{found}: {way} a new one first, with pm-vit train")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Load weights that must be the model's, all of them.
+
+    Raises:
+        ValueError: they are another model's; the message counts and names what differs.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        found = differences(model, weights) or cause(error)
+        raise ValueError(f"the weights of {os.fspath(path)} are of another model: {found}") from error
+
+
+def cause(error: Exception) -> str:
+    """What an error says, in one line: without terminal codes, and without what torch writes around the cause."""
+    text = str(error) if str(error) and not isinstance(error, KeyError) else repr(error)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text).split("WeightsUnpickler error:")[-1].split(" In PyTorch 2.6")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return line if len(line) <= 300 else f"{line[:300]} ..."
+
+
+def read_file(path: str | os.PathLike, refusal: str) -> object:
+    """What a file holds; of objects that are not needed an :class:`_Unread`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, which ``refusal`` says, and why.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a file of weights such as model.safetensors or model.pth")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    if _PIECE.search(path.name):
+        raise ValueError(f"{path} is of a checkpoint in several files (shards): save the weights as one file first")
+    if path.suffix.lower() in _OTHER_FORMATS:
+        raise ValueError(f"{path} is of a format that is not read: expected .safetensors, or what torch.save wrote")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if path.suffix.lower() == ".safetensors" or start[8:] == b"{":
+            return load_file(path)
+        if not start.startswith((b"PK", b"\x80")):
+            raise ValueError("it does not begin as a file of torch.save does")
+        if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+            raise ValueError("its end is missing")
+        with torch.serialization.safe_globals(_UNREAD), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and safetensors raise a dozen kinds for a broken file
+        raise ValueError(f"{path} {refusal}: {_what_needs_code(path, error) or cause(error)}") from error
+
+
+def _what_needs_code(path: Path, error: Exception) -> str:
+    """The classes and functions that a file of ``torch.save`` cannot be read without, and what to do about them."""
+    try:
+        with torch.serialization.safe_globals(_UNREAD):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file of the versions before 1.6, or a broken one
+        names = re.findall(r"GLOBAL (\S+) w", str(error))
+    if not names:
+        return ""
+    shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return f"it holds {shown}; save the weights alone, torch.save(model.state_dict(), ...)"
+
+
+def _holds(content: object, key: str) -> bool:
+    return isinstance(content, dict) and isinstance(content.get(key), dict) and bool(content[key])
+
+
+def is_weights(content: object) -> bool:
+    """Whether it is tensors by name, at least one."""
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    )
+
+
+def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names of the model that was wrapped."""
+    # torch.optim.swa_utils.AveragedModel counts beside its module.
+    weights = {name: value for name, value in weights.items() if name != "n_averaged"}
+    names = [_WRAPPERS.sub("", name) for name in weights]
+    while prefix := next((start for start in _PREFIXES if names and all(name.startswith(start) for name in names)), ""):
+        names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names, weights.values(), strict=True)) if len(set(names)) == len(names) else weights
+
+
+def _of_encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the one Vision Transformer in a larger model, such as a Lightning module's ``backbone.``."""
+    first = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
+    # timm takes those of OpenCLIP out itself, and the head that is beside them.
+    if first in weights or len(prefixes) != 1 or prefixes[0].startswith("visual."):
+        return weights
+    return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
+
+
+def _adapt_channels(model: PlainModel, weights: dict[str, Tensor]) -> None:
+    """The first layer for as many channels as the model's images have, as timm makes it of pretrained weights."""
+    name, wanted = "patch_embed.proj.weight", model.patch_embed.proj.in_channels
+    if name in weights and weights[name].shape[1] != wanted:
+        weights[name] = adapt_input_conv(wanted, weights[name], base_chans=weights[name].shape[1])
+
+
+def _with_own_head(model: PlainModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the model's own head where theirs is another, and without one that the model has not."""
+    expected = model.state_dict()
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if model.num_classes and "fc_norm.weight" in missing and "norm.weight" in unexpected:
+        # A better start than a new norm, as timm has it for EVA.
+        weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
+    other = [name for names in _different_names(model, weights).values() for name in names if _is_head(name)]
+    own = {name: expected[name] for name in other if name in expected}
+    return {name: value for name, value in weights.items() if name not in other} | own
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[0] in _HEAD
+
+
+def _load_npz(model: VisionTransformer, path: Path, new_head: bool) -> None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            classes = next((len(arrays[name]) for name in arrays.files if name.endswith("head/bias")), 0)
+        model.load_pretrained(str(path))
+    except Exception as error:  # of names and shapes that timm did not expect, of whatever kind
+        raise ValueError(f"{path} is no checkpoint in JAX's layout of the model: {cause(error)}") from error
+    check_head(str(path), classes, model.num_classes, new_head=new_head)
+
+
+def _different_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
+    """The names that are missing, unexpected, or have other shapes than the model's."""
+    expected = model.state_dict()
+    return {
+        "Missing keys": [name for name in expected if name not in weights],
+        "Unexpected keys": [name for name in weights if name not in expected],
+        "Other shapes": [name for name in weights if name in expected and weights[name].shape != expected[name].shape],
+    }
+
+
+def differences(model: nn.Module, weights: dict[str, Tensor]) -> str:
+    """How weights differ from the model's: how many, and the first few by their names and shapes."""
+    expected = model.state_dict()
+
+    def shapes(name: str) -> str:
+        return " instead of ".join(str(tuple(of[name].shape)) for of in (weights, expected) if name in of)
+
+    return "; ".join(
+        f"{kind} ({len(names)}): {', '.join(f'{name} {shapes(name)}' for name in names[:3])}"
+        + (", ..." if len(names) > 3 else "")
+        for kind, names in _different_names(model, weights).items()
+        if names
+    )
+
+
+def _about_positions(model: PlainModel, weights: dict[str, Tensor], error: Exception) -> str:
+    """Why positions cannot be resized: other tokens before the patches, or patches in no square."""
+    expected = model.state_dict()
+    told = []
+    for name, tokens in (("cls_token", "class"), ("dist_token", "distillation"), ("reg_token", "register")):
+        if (name in weights) != (name in expected):
+            has, other = ("no", "one") if name in expected else ("a", "none")
+            told.append(f"it has {has} {tokens} token, and the model has {other}")
+    if not told and "pos_embed" in weights and "pos_embed" in expected:
+        shapes = (tuple(of["pos_embed"].shape) for of in (weights, expected))
+        told = ["its pos_embed {} cannot be resized to {}".format(*shapes)]
+    if "cls_token" in expected.keys() - weights.keys():
+        told.append("--model-kwargs class_token=False global_pool=avg makes a model without")
+    return "; ".join(told) or cause(error)
