@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .segmenter import set_norm_eps
+from .unwrapping import unwrapped
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -71,7 +72,7 @@ def to_timm(model: nn.Module) -> VisionTransformer:
     out. Images have the size that the given model was made for.
 
     Args:
-        model: it is left as it was.
+        model: it is left as it was. Of a wrapper (``torch.compile``, accelerate, ...), the model inside is taken.
 
     Returns:
         The model on the same device, in the same dtype, in evaluation mode. It was run beside the given one.
@@ -80,6 +81,7 @@ def to_timm(model: nn.Module) -> VisionTransformer:
         TypeError: the model is of another class.
         ValueError: it has a part that timm's has not, or the two do not compute the same.
     """
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if type(model).__module__.startswith("torchvision.") and type(model).__name__ == "VisionTransformer":
         found = _describe_torchvision(model)

@@ -28,6 +28,7 @@ from .files import allow_default_mode, unfinished
 from .plan import CompressionPlan, StagePlan
 from .registry import PREFIX, registered_name
 from .segmenter import Model, Segmenter, encoder_of, set_norm_eps, shared_norm_eps
+from .unwrapping import unwrapped
 from .vision_transformer import COMPRESSION, Compressed, PMVisionTransformer, compress
 
 CONFIG_NAME = "config.json"
@@ -61,15 +62,18 @@ def save_pretrained(
     rebuilt from the configuration (without weights) and compared before anything appears in ``folder``.
 
     Args:
-        model: made by ``timm.create_model``, or its encoder was, so that its architecture has a name.
+        model: made by ``timm.create_model``, or its encoder was, so that its architecture has a name. Of a wrapper
+            (``torch.compile``, DistributedDataParallel, accelerate, ...), the model inside is saved.
         folder: created if need be; a model saved there before is replaced.
         model_args: arguments of ``timm.create_model`` that the model was made with, where timm did not record them.
         results: a row of numbers for each of some models, by their names, for the card.
 
     Raises:
+        TypeError: a part of the model is wrapped on its own.
         ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
         OSError: the files cannot be written; what was saved there before is untouched.
     """
+    model = unwrapped(model)
     encoder = encoder_of(model)
     if not getattr(encoder, "pretrained_cfg", None) or not encoder.pretrained_cfg.get("architecture"):
         raise ValueError(

@@ -13,6 +13,7 @@ from timm.data import ImageDataset, create_dataset, create_loader, resolve_model
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .segmenter import Model, encoder_of
+from .unwrapping import unwrapped
 from .vision_transformer import PlainModel
 
 SPLIT_NAMES = {
@@ -196,6 +197,7 @@ def make_loader(
         ValueError: the data set has fewer images than a training batch, or none.
     """
     check_size(dataset, batch_size if training else 1)
+    model = unwrapped(model)
     config = resolve_model_data_config(model, {"input_size": input_size(model)})
     seeded = training and not isinstance(dataset, IterableDataset)
     arguments = {

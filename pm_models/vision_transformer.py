@@ -33,6 +33,7 @@ from .folding import READOUTS, SHORTCUTS, TRAIN_MATRICES, Folded, Folding, Run, 
 from .plan import CompressionPlan
 from .rewiring import Rewired
 from .rotary import RotaryPositions
+from .unwrapping import unwrapped
 
 PlainModel = VisionTransformer | Eva  # the classes that can be compressed, their subclass for distillation too
 Versions = tuple[tuple[int, int], ...]
@@ -138,7 +139,7 @@ class Compressed(nn.Module):
 
     def uncompressed(self) -> PlainModel:
         """A plain timm model with a copy of the same weights, without the plan and its matrices."""
-        model = copy.deepcopy(self)
+        model = copy.deepcopy(unwrapped(self))
         plain = self.plain_class.__new__(self.plain_class)
         nn.Module.__init__(plain)
         plain.__dict__.update({name: value for name, value in vars(model).items() if name not in _OF_COMPRESSION})
@@ -535,7 +536,8 @@ def compress(
     """Compress a timm Vision Transformer by a plan (arXiv 2503.23455, section 3).
 
     Args:
-        model: a timm VisionTransformer, VisionTransformerDistilled or Eva; it is left as it was.
+        model: a timm VisionTransformer, VisionTransformerDistilled or Eva, or a wrapper of one (``torch.compile``,
+            DistributedDataParallel, accelerate, ...); it is left as it was.
         plan: made for the model's grid, depth and prefix tokens.
         train_matrices: which entries of the merge and reconstruct matrices train: ``"support"``, the plan's nonzeros;
             ``"dense"``, all; ``None``, none.
@@ -562,6 +564,7 @@ def compress(
         raise ValueError(f"merge_site must be 'block' or 'attention', got {merge_site!r}")
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut must be 'pruned' or 'all', got {shortcut!r}")
+    model = unwrapped(model)
     _check_model(model, size_bias)
     _check_plan(model, plan)
     if merge_site == "attention":
