@@ -3,7 +3,7 @@
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -169,6 +169,26 @@ class SeededImages(Dataset):
             on_cpu.set_state(states[0])
             random.setstate(states[1])
             numpy.random.set_state(states[2])
+
+
+def tell_epoch(loader: Iterable, epoch: int) -> None:
+    """Tell the number of the epoch to whatever a loader reads from that has a ``set_epoch``: data sets and samplers.
+
+    However they are nested: which of them a prepared loader tells itself depends on the version of accelerate.
+    """
+    waiting, seen = [loader], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+        several = getattr(part, "datasets", None)  # torch's ConcatDataset, ChainDataset and StackDataset
+        if isinstance(several, dict):
+            several = several.values()
+        waiting += several if isinstance(several, Collection) else ()
 
 
 def make_loader(

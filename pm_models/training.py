@@ -31,6 +31,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .data import tell_epoch
 from .files import write_atomically
 
 IGNORED = 255  # the label of pixels that are neither trained on nor counted
@@ -198,7 +199,7 @@ class SegmentationTask(TrainingTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Images and targets (B, H, W); the output is (B * H * W, classes)."""
         found = self.trainable_module(input)
-        loss, logits = segmentation_loss(found, target), _by_pixel(found)
+        loss, logits = segmentation_loss(found, target, shared=self.training), _by_pixel(found)
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = (_by_pixel(self.teacher(input)) / self.temperature).log_softmax(dim=1)
@@ -208,10 +209,17 @@ class SegmentationTask(TrainingTask):
         return {"loss": loss, "output": logits}
 
 
-def segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, classes, H, W), the mean over the labelled of targets (B, H, W); 0 without any."""
-    labelled = (targets != IGNORED).sum().clamp_min(1)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") / labelled
+def segmentation_loss(logits: Tensor, targets: Tensor, *, shared: bool = False) -> Tensor:
+    """Cross-entropy of logits (B, classes, H, W), the mean over the labelled of targets (B, H, W); 0 without any.
+
+    ``shared``: over the labelled of all processes' targets, so that the mean of their losses is the loss of all images.
+    """
+    labelled, processes = (targets != IGNORED).sum(), 1
+    if shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(labelled)
+        processes = torch.distributed.get_world_size()
+    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total * processes / labelled.clamp_min(1)
 
 
 def _by_pixel(logits: Tensor) -> Tensor:
@@ -233,6 +241,10 @@ def fit(
     name: str = "train",
 ) -> list[EpochResult]:
     """Train the task's model in place, evaluating after every epoch, with progress bars.
+
+    Several processes do what one does with as many images a step, up to rounding: they share out its shuffles, its
+    augmentation (:class:`~pm_models.data.SeededImages`), and how much mixup and cutmix mix. Which images these pair,
+    each process its own, and what random depth and dropout leave out, are other draws.
 
     Args:
         task: from :func:`classification_task`, :func:`distillation_task` or a :class:`SegmentationTask`.
@@ -295,14 +307,15 @@ def fit(
         accelerator.init_trackers("")
     results = progress.results
     for epoch in range(len(results), recipe.epochs):
-        train_loader.set_epoch(epoch)
         label = f"{name} {epoch + 1}/{recipe.epochs}"
         task.train()
         loss, top1, speed = progress.loss, progress.top1, 0.0
         done, before = progress.steps, loss.count
         start = time.perf_counter()
+        # Some samplers draw from the generators that all share: in every process alike, and in a continued run again.
+        set_seed(recipe.seed + epoch)
         batches = skip_first_batches(train_loader, done) if done else train_loader
-        batches.set_epoch(epoch)
+        tell_epoch(batches, epoch)
         bar = tqdm(
             batches, label, total=steps, initial=done, leave=False, disable=not accelerator.is_local_main_process
         )
@@ -318,7 +331,7 @@ def fit(
                     raise ValueError(
                         f"mixup and cutmix pair a batch's images: expected an even number, got {len(images)}"
                     )
-                numpy.random.seed(seed)
+                numpy.random.seed(_step_seed(recipe.seed, epoch * steps + step, 0))  # in all processes alike
                 images, wanted = mix(images, targets)
             ends_group = (step + 1) % group == 0 or step + 1 == steps
             with contextlib.nullcontext() if ends_group else accelerator.no_sync(model):
@@ -333,8 +346,8 @@ def fit(
                 # The batches of this step of the optimiser, of which the last of an epoch may have fewer.
                 accelerator.backward(result["loss"] / min(group, steps - step // group * group))
             loss.update(loss_value, len(images))
-            correct = _accuracy(result["output"].detach(), targets)
-            top1.update(accelerator.reduce(correct, "mean").item(), len(images))
+            hits, counted = accelerator.reduce(_hits(result["output"].detach(), targets), "sum").tolist()
+            top1.update(100 * hits / max(counted, 1), len(images))
             speed = (loss.count - before) * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.avg:.3f}, accuracy {top1.avg:.1f}%, {speed:.0f} images/s")
             if not ends_group:
@@ -411,14 +424,11 @@ def evaluate(
     return {"loss": loss.avg, "top1": top1.avg, "top5": top5.avg, "images": loss.count}
 
 
-def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Percent of the targets that the logits (targets, classes) name; in segmentation, of those with a label."""
-    if targets.dim() > 1:
-        targets = targets.flatten()
-        labelled = targets != IGNORED
-        hits = (logits.argmax(dim=1) == targets) & labelled
-        return 100 * hits.sum() / labelled.sum().clamp_min(1)
-    return accuracy(logits, targets)[0]
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many targets the logits (targets, classes) name, and how many there are; in segmentation, with a label."""
+    counted = targets != IGNORED if targets.dim() > 1 else torch.ones_like(targets, dtype=torch.bool)
+    hits = (logits.argmax(dim=1) == targets.flatten()) & counted.flatten()
+    return torch.stack([hits.sum(), counted.sum()])
 
 
 def _mix(recipe: Recipe, model: nn.Module) -> Mixup | None:

@@ -56,6 +56,110 @@ accelerator.end_training()
 """
 
 
+AUGMENTED = """
+import functools, pathlib, sys
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
+sys.path[:0] = {paths!r}
+from helpers import small_vit
+from pm_models import Segmenter
+from pm_models.data import make_loader, open_dataset
+from pm_models.segmentation import SegmentationImages, evaluate_segmentation, make_training_loader
+from pm_models.training import Recipe, SegmentationTask, classification_task, fit, make_accelerator
+
+accelerator = make_accelerator(cpu=True)
+batch, folder = 8 // accelerator.num_processes, pathlib.Path(sys.argv[1])
+load = functools.partial(DataLoader, batch_size=batch, drop_last=True)
+
+
+class Batches:
+    # A batch sampler of the user's own, whose order is the epoch's.
+    batch_size, drop_last, epoch = batch, True, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 16 // batch
+
+    def __iter__(self):
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter([order[start : start + batch] for start in range(0, 16, batch)])
+
+
+def vit(**arguments):
+    torch.manual_seed(0)
+    return small_vit(img_size=32, patch_size=8, depth=1, **arguments)
+
+
+def loader(kind, model, workers):
+    if kind == "segmentation":
+        images = SegmentationImages(folder / "maps", "train", num_classes=3)
+        return make_training_loader(images, model, batch_size=batch, workers=workers)
+    images = open_dataset(folder / "classes", "train")
+    made = make_loader(images, model, batch_size=batch, workers=workers, training=True)
+    images = made.dataset
+    return {{
+        "classes": lambda: made,
+        "Subset": lambda: load(Subset(images, range(18)), shuffle=True, num_workers=workers),
+        "ConcatDataset": lambda: load(ConcatDataset([Subset(images, range(9)), images]), shuffle=True),
+        "weighted sampler": lambda: load(images, sampler=WeightedRandomSampler(torch.arange(20) + 1.0, 20)),
+        "batch sampler": lambda: DataLoader(images, batch_sampler=Batches()),
+    }}[kind]()
+
+
+class Stopped(Exception):
+    pass
+
+
+def train(kind, workers=0, stop=None, **mix):
+    if kind == "segmentation":
+        model = Segmenter(vit(num_classes=0), 3, decoder="linear")
+        task, evaluator = SegmentationTask(model), lambda *_, **__: {{"top1": 0.0}}
+    else:
+        model = vit(num_classes=2)
+        task, evaluator = classification_task(model), lambda *_, **__: {{"top1": 0.0}}
+    steps, seen, shares, recipe = 0, [], [], Recipe(epochs=3, lr=1e-3, opt="sgd", **mix)
+
+    def keep(_, inputs):
+        nonlocal steps
+        if steps == stop:
+            raise Stopped
+        steps += 1
+        seen.append(accelerator.gather(inputs[0]).flatten(1).sum(1).sort().values)
+        shares.append(accelerator.gather(inputs[1]).unique().tolist())
+
+    hook = task.register_forward_pre_hook(keep)
+    state = folder / f"state-{{accelerator.num_processes}}-{{kind}}" if stop else None
+    options = dict(accelerator=accelerator, evaluator=evaluator, state_dir=state, recovery_interval=1)
+    try:
+        results = fit(task, loader(kind, model, workers), None, recipe, **options)
+    except Stopped:
+        stop, steps = None, 0
+        hook.remove()
+        model.load_state_dict({{name: torch.zeros_like(value) for name, value in model.state_dict().items()}})
+        task.trainable_module = model
+        results = fit(task, loader(kind, model, workers), None, recipe, **options)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return {{
+        "images": torch.stack(seen),
+        "shares": torch.tensor([max(0, *(share for share in step if share < 1)) for step in shares]),
+        "weights": weights,
+        "losses": torch.tensor([[result.train_loss, result.train_top1] for result in results]),
+    }}
+
+
+report = {{kind: train(kind) for kind in {kinds!r}}}
+report |= {{f"{{kind}}, workers": train(kind, workers=1) for kind in ("classes", "segmentation", "Subset")}}
+report |= {{f"{{kind}}, continued": train(kind, stop=3) for kind in {kinds!r}}}
+report["mixed"] = train("classes", mixup=0.8, cutmix=1.0)
+if accelerator.is_main_process:
+    torch.save(report, sys.argv[2])
+accelerator.end_training()
+"""
+KINDS = ["classes", "segmentation", "Subset", "ConcatDataset", "weighted sampler", "batch sampler"]
+
+
 SHARDED = """
 import copy, sys
 import torch
@@ -127,6 +231,60 @@ def test_weights_shared_out_between_processes(tmp_path):
     root = Path(__file__).parents[2]
     script.write_text(SHARDED.format(paths=[str(root / "tests"), str(root)]))
     run(2, script)
+
+
+@pytest.fixture(scope="module")
+def augmented(tmp_path_factory):
+    """What one process and two have trained on over three epochs of augmented images, and what came of it."""
+    folder = tmp_path_factory.mktemp("augmented")
+    torch.manual_seed(0)
+    for index in range(20):
+        pixels, labels = torch.randint(0, 256, (40, 36, 3)), torch.randint(0, 4, (40, 36))
+        labels[: index + 1][labels[: index + 1] == 3] = 255
+        for name, values in (
+            (f"classes/train/{'cat' if index % 2 else 'dog'}/{index}.png", pixels),
+            (f"maps/images/train/{index}.png", pixels),
+            (f"maps/labels/train/{index}.png", labels.where(labels != 3, 0)),
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.byte().numpy()).save(folder / name)
+    script, root = folder / "script.py", Path(__file__).parents[2]
+    script.write_text(AUGMENTED.format(paths=[str(root / "tests"), str(root)], kinds=KINDS))
+    for processes in (1, 2):
+        run(processes, script, folder, folder / f"{processes}.pt")
+    return [torch.load(folder / f"{processes}.pt") for processes in (1, 2)]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(f"{kind}, workers" for kind in KINDS[:3])])
+def test_augmented_training_is_that_of_one_process(augmented, kind):
+    """Steps of 4 + 4 images are those of 8, in every epoch, and every epoch has images of its own."""
+    one, two = (report[kind] for report in augmented)
+    torch.testing.assert_close(two["images"], one["images"], rtol=1e-4, atol=1e-4)
+    first, second, third = one["images"].flatten().chunk(3)
+    assert not set(first.tolist()) & set(second.tolist())
+    assert not set(second.tolist()) & set(third.tolist())
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=1e-4)
+    for report in augmented:
+        plain = report[kind.removesuffix(", workers")]
+        assert all(torch.equal(report[kind][name], plain[name]) for name in plain)
+
+
+def test_mixed_images_are_mixed_as_much_as_in_one_process(augmented):
+    """In a step all images have the same share of another, which targets tell where the two are of two classes."""
+    one, two = (report["mixed"]["shares"] for report in augmented)
+    told = (one > 0) & (two > 0)
+    assert told.sum() >= 5
+    torch.testing.assert_close(two[told], one[told])
+    assert len(one[told].unique()) == told.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_augmented_training_continues_within_an_epoch(augmented, kind):
+    for report in augmented:
+        continued = report[f"{kind}, continued"]
+        assert torch.equal(continued["weights"], report[kind]["weights"])
+        assert torch.equal(continued["losses"], report[kind]["losses"])
 
 
 def test_the_command_line_on_two_processes(tmp_path):
