@@ -17,8 +17,10 @@ from .export import FORMATS
 from .folding import SHORTCUTS
 from .segmenter import DECODERS
 from .tasks import DEFAULT_TASK, TASKS
-from .training import IGNORED, SCHEDULES
+from .training import IGNORED, SCHEDULES, launched_processes
 from .vision_transformer import MERGE_SITES
+
+_ON_SEVERAL = ("train", "compress", "finetune", "eval")  # processes of a launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
             warnings.simplefilter("default", UserWarning)
+            if options.command not in _ON_SEVERAL and launched_processes() > 1:
+                raise ValueError(f"runs in one process, got {launched_processes()} from the launcher")
             options.run(options)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"pm-vit {options.command}: error: {_told(error)}", file=sys.stderr)

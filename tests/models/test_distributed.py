@@ -13,6 +13,7 @@ from helpers import small_vit
 from PIL import Image
 
 from pm_models import CompressionPlan, Segmenter, load_pretrained, save_pretrained
+from pm_models.cli import main
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch lacks torch.distributed")
 SCRIPT = """
@@ -24,7 +25,7 @@ from helpers import plan_for, small_vit
 from pm_models import CompressionPlan, compress, score_tokens
 from pm_models.training import Recipe, classification_task, distillation_task, fit, make_accelerator
 
-accelerator = make_accelerator(cpu=True)
+accelerator = make_accelerator()
 torch.manual_seed(0)
 model = small_vit(depth=3)
 images, targets = torch.randn(24, 3, 28, 20), torch.randint(0, 7, (24,))
@@ -67,7 +68,7 @@ from pm_models.data import make_loader, open_dataset
 from pm_models.segmentation import SegmentationImages, evaluate_segmentation, make_training_loader
 from pm_models.training import Recipe, SegmentationTask, classification_task, fit, make_accelerator
 
-accelerator = make_accelerator(cpu=True)
+accelerator = make_accelerator()
 batch, folder = 8 // accelerator.num_processes, pathlib.Path(sys.argv[1])
 load = functools.partial(DataLoader, batch_size=batch, drop_last=True)
 
@@ -195,14 +196,18 @@ torch.distributed.destroy_process_group()  # whose threads must not outlive the 
 """
 
 
-def run(processes, *command):
-    """A command under torchrun, on CPUs."""
+def launch(processes, *command):
+    """A command under torchrun, where there is no GPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
         launcher + [str(part) for part in command], env=environment, capture_output=True, text=True, check=False,
         timeout=600,
     )  # fmt: skip
+
+
+def run(processes, *command):
+    done = launch(processes, *command)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -296,7 +301,7 @@ def test_the_command_line_on_two_processes(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{index}.png")
-    common = ["-j", "0", "-b", "2", "--device", "cpu"]
+    common = ["-j", "0", "-b", "2"]
     for processes in (1, 2):
         run(
             processes, "-m", "pm_models", "compress", tmp_path / "data", "--model", tmp_path / "dense", *common,
@@ -315,6 +320,32 @@ def test_the_command_line_on_two_processes(tmp_path):
     assert "on 16 images" in out
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "--model", "{}", "--format", "pt2", "--output", "{}/out"],
+        ["show", "{}/plan.json", "--output", "{}/out"],
+        ["bench", "vit_tiny_patch16_224", "--output", "{}/out"],
+        ["demo", "--output", "{}/out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_other_commands_refuse_several_processes(capsys, monkeypatch, tmp_path, command):
+    """The launcher tells its processes by variables: one of them, with torchrun's."""
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([part.format(tmp_path) for part in command]) == 2
+    assert capsys.readouterr().err == f"pm-vit {command[0]}: error: runs in one process, got 3 from the launcher\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_refuses_several_processes_ends_the_launch(tmp_path):
+    done = launch(2, "-m", "pm_models", "demo", "--output", tmp_path / "out")
+    assert done.returncode != 0
+    assert "pm-vit demo: error: runs in one process, got 2 from the launcher" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_segmentation_on_two_processes(tmp_path):
     """The same plan and the same measures as one process, for images that two cannot share alike; each counts once."""
     model = Segmenter(small_vit(img_size=32, patch_size=8, depth=2, num_classes=0), 3, decoder_depth=1)
@@ -325,7 +356,7 @@ def test_segmentation_on_two_processes(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             content = torch.randint(0, 3 if kind == "labels" else 256, shape, dtype=torch.uint8)
             Image.fromarray(content.numpy()).save(folder / f"{index}.png")
-    common = [tmp_path / "data", "--task", "segmentation", "-j", "0", "-b", "1", "--device", "cpu"]
+    common = [tmp_path / "data", "--task", "segmentation", "-j", "0", "-b", "1"]
     for processes in (1, 2):
         run(
             processes, "-m", "pm_models", "compress", *common, "--model", tmp_path / "dense", "--keep-rate", "0.5",
