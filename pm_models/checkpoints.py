@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .card import model_card, replaces_card
 from .data import input_size
+from .description import describe
 from .files import allow_default_mode, unfinished
 from .plan import CompressionPlan, StagePlan
 from .registry import PREFIX, registered_name
@@ -41,9 +42,6 @@ _NORMALISATIONS = {
     "vit": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     "deit": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
-
-# Attributes that say how a model is being used, not what it is.
-_TRANSIENT = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "distilled_training"}
 
 
 def save_pretrained(
@@ -319,20 +317,7 @@ def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
 
 
 def _description(model: nn.Module) -> dict[str, object]:
-    """What a model is but for its weights: every module's class and plain attributes, every weight's shape."""
-    described: dict[str, object] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name, module in model.named_modules():
-        described[name or "model"] = type(module).__name__
-        for attribute, value in vars(module).items():
-            if not attribute.startswith("_") and attribute not in _TRANSIENT and _is_plain(value):
-                described[f"{name}.{attribute}".lstrip(".")] = value
-    return described
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, (bool, int, float, str))
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()} | describe(model)
 
 
 def _read_authors_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], list[int]]:

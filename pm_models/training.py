@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from .data import tell_epoch
 from .files import write_atomically
+from .run_settings import refuse_other_settings, run_settings
 
 IGNORED = 255  # the label of pixels that are neither trained on nor counted
 
@@ -41,6 +42,7 @@ SCHEDULES = ("cosine", "poly")
 _POLY_POWER = 0.9
 _PROGRESS = "progress.txt"  # a digest, and JSON after it
 _EMA = "ema.safetensors"
+_STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,7 @@ def fit(
     *,
     accelerator: Accelerator,
     state_dir: str | os.PathLike | None = None,
+    settings: Mapping[str, object] | None = None,
     evaluator: Evaluator | None = None,
     recovery_interval: int = 0,
     summary: str | os.PathLike | None = None,
@@ -269,6 +272,9 @@ def fit(
         state_dir: where the whole state is kept after every epoch, replaced as one, and the state before it as
             ``<state_dir>.old``; a state found there is continued from, the older one with a warning where the newer
             one is damaged. ``None`` keeps none.
+        settings: what else decides the run, by name, as plain values: where its images are, how they are augmented. It
+            is kept with the state, which is continued with the same alone: the same settings, recipe, model, losses,
+            teacher, images in a batch, precision and number of processes.
         evaluator: called after every epoch with the model, ``eval_loader`` and ``accelerator=``; gives the fields of
             :class:`EpochResult` that it measures. ``None``: :func:`evaluate`.
         recovery_interval: also keep the state after every so many steps of the optimiser within an epoch; 0 does not.
@@ -279,7 +285,7 @@ def fit(
         One result per epoch, those before a continuation included.
 
     Raises:
-        ValueError: ``train_loader`` is empty, or the state was made by another recipe.
+        ValueError: ``train_loader`` is empty, or the state is of a run with other settings, which are named.
         OSError: a state or the summary cannot be written; the state before it is still whole.
         FloatingPointError: the loss is no longer finite.
     """
@@ -288,6 +294,9 @@ def fit(
     set_seed(recipe.seed)
     accelerator.free_memory()  # what an earlier run prepared is not part of this run's state
     student = task.trainable_module
+    began = {}
+    if state_dir is not None:
+        began = run_settings(asdict(recipe), settings or {}, task, train_loader, accelerator)
     mix = _mix(recipe, student)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and recipe.model_ema_decay is not None:
@@ -316,7 +325,7 @@ def fit(
         updates_per_epoch=updates,
         step_on_epochs=False,
     )
-    progress = _load_state(accelerator, state_dir, recipe, task)
+    progress = _load_state(accelerator, state_dir, began, task)
     if accelerator.log_with:
         accelerator.init_trackers("")
     results = progress.results
@@ -372,7 +381,7 @@ def fit(
             optimizer.zero_grad()
             task.update_ema(update + 1)
             if recovery_interval and (step // group + 1) % recovery_interval == 0 and step + 1 < steps:
-                _save_state(accelerator, state_dir, recipe, task, _Progress(results, step + 1, loss, top1))
+                _save_state(accelerator, state_dir, began, task, _Progress(results, step + 1, loss, top1))
         bar.close()
         measured = (evaluator or evaluate)(
             task.trainable_module_ema.module if task.has_ema() else model, eval_loader, accelerator=accelerator
@@ -390,7 +399,7 @@ def fit(
         logged = {name: value for name, value in asdict(results[-1]).items() if value is not None and name != "epoch"}
         accelerator.log(logged, step=epoch + 1)
         progress = _Progress(results)
-        _save_state(accelerator, state_dir, recipe, task, progress)
+        _save_state(accelerator, state_dir, began, task, progress)
     if summary is not None and accelerator.is_main_process:  # a run that was stopped before its last line, too
         write_atomically(summary, _summary(results).encode())
     accelerator.wait_for_everyone()
@@ -508,7 +517,7 @@ def _step_seed(seed: int, step: int, process: int) -> int:
 def _save_state(
     accelerator: Accelerator,
     state_dir: str | os.PathLike | None,
-    recipe: Recipe,
+    began: dict[str, dict],
     task: TrainingTask,
     progress: _Progress,
 ) -> None:
@@ -526,7 +535,7 @@ def _save_state(
             save_model(task.trainable_module_ema.module, str(new / _EMA))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            values = {"recipe": asdict(recipe), "files": _digests(new), **progress.to_dict()}
+            values = {"format": _STATE_FORMAT, "began": began, "files": _digests(new), **progress.to_dict()}
             content = json.dumps(values, indent=2).encode()
             write_atomically(new / _PROGRESS, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
     except (OSError, SafetensorError, RuntimeError) as error:  # where the disk is full, torch says RuntimeError
@@ -541,12 +550,12 @@ def _save_state(
 
 
 def _load_state(
-    accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe, task: TrainingTask
+    accelerator: Accelerator, state_dir: str | os.PathLike | None, began: dict[str, dict], task: TrainingTask
 ) -> _Progress:
     """Load the newest whole state; a run that begins where there is none.
 
     Raises:
-        ValueError: the state was made by another recipe, or every state there is is damaged.
+        ValueError: the state is of a run with other settings, of another version, or every state there is is damaged.
     """
     if state_dir is None:
         return _Progress([])
@@ -559,21 +568,24 @@ def _load_state(
         if content is None:
             damaged.append(folder)
             continue
-        if content["recipe"] != asdict(recipe):
-            different = [name for name, value in asdict(recipe).items() if content["recipe"].get(name) != value]
-            began = ", ".join(f"{name}={content['recipe'].get(name)}" for name in different)
+        if content.get("format") != _STATE_FORMAT:
             raise ValueError(
-                f"{state} holds an unfinished run that began with {began}; continue it with that, or choose another "
-                "output folder"
+                f"{state} holds an unfinished run of another version of pm-vit; finish it with that version, or delete "
+                "it to start anew"
             )
+        refuse_other_settings(content["began"], began, state)
         if damaged:
             warnings.warn(f"{damaged[0]} is damaged; continuing from {folder}, the state before it", stacklevel=3)
-        accelerator.load_state(str(folder))
-        if task.has_ema():
-            load_model(task.trainable_module_ema.module, folder / _EMA)
+        try:
+            accelerator.load_state(str(folder))
+            if task.has_ema():
+                load_model(task.trainable_module_ema.module, folder / _EMA)
+        except Exception as error:  # torch, accelerate and pickle raise a dozen kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder} cannot be continued from ({reason}); delete it to start anew") from error
         progress = _Progress.from_dict(content)
         where = f"epoch {len(progress.results)}" + (f" and {progress.steps} steps" if progress.steps else "")
-        accelerator.print(f"continuing after {where} of {recipe.epochs}, from {folder}")
+        accelerator.print(f"continuing after {where} of {began['recipe']['epochs']}, from {folder}")
         return progress
     if damaged:
         raise ValueError(

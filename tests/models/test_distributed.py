@@ -230,6 +230,36 @@ def test_two_processes_do_what_one_does(tmp_path):
     torch.testing.assert_close(torch.tensor(two["weights"]), torch.tensor(one["weights"]), rtol=1e-4, atol=1e-6)
 
 
+CONTINUED = """
+import sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+sys.path[:0] = {paths!r}
+from helpers import small_vit
+from pm_models.training import Recipe, classification_task, fit, make_accelerator
+
+accelerator = make_accelerator()
+torch.manual_seed(0)
+loader = DataLoader(TensorDataset(torch.randn(8, 3, 28, 20), torch.randint(0, 7, (8,))), 2)
+task, recipe = classification_task(small_vit(depth=1)), Recipe(epochs=1, lr=1e-3)
+try:
+    fit(task, loader, loader, recipe, accelerator=accelerator, state_dir=sys.argv[1])
+except ValueError as error:
+    print("refused:", error)
+accelerator.end_training()
+"""
+
+
+def test_another_number_of_processes_does_not_continue(tmp_path):
+    script, root = tmp_path / "script.py", Path(__file__).parents[2]
+    script.write_text(CONTINUED.format(paths=[str(root / "tests"), str(root)]))
+    assert "refused" not in run(2, script, tmp_path / "state")
+    assert "continuing after epoch 1 of 1" in run(2, script, tmp_path / "state")
+    (line,) = run(1, script, tmp_path / "state").splitlines()
+    assert line.startswith("refused: ")
+    assert line.endswith("(processes 2 -> 1)")
+
+
 def test_weights_shared_out_between_processes(tmp_path):
     """Under FSDP: the same gradients, and after a step the same outputs, as one process with all weights."""
     script = tmp_path / "script.py"
