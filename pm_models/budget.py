@@ -11,6 +11,7 @@ from .data import input_size
 from .measure import alternate, count_gmacs
 from .plan import CompressionPlan
 from .segmenter import Model, encoder_of
+from .unwrapping import unwrapped
 
 _ROUNDS = 8
 
@@ -48,6 +49,7 @@ def fit_gmacs(
     Raises:
         ValueError: no keep rate has as few, or the uncompressed model has no more.
     """
+    model = unwrapped(model)
     size = input_size(model)
     dense = count_gmacs(model, size)
     if target >= dense:
@@ -89,6 +91,7 @@ def fit_speedup(
     """
     if target <= 1:
         raise ValueError(f"target_speedup must be above 1, got {target:g}")
+    model = unwrapped(model)
     table = measure_latency(model, images)
     rates = _keep_rates(model, prune_rate)
     correction, fitted, seen = 1.0, None, set()
@@ -146,6 +149,7 @@ class LatencyTable(NamedTuple):
 
 def measure_latency(model: Model, images: Tensor) -> LatencyTable:
     """Measure the table of a model, in evaluation mode, on a batch of images (B, C, H, W)."""
+    model = unwrapped(model)
     encoder = encoder_of(model)
     total = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
     counts = sorted({max(1 + encoder.num_prefix_tokens, round(total * eighth / 8)) for eighth in range(1, 9)})

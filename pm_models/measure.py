@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .unwrapping import unwrapped
+
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchronize: bool) -> dict[str, list[float]]:
     """Seconds of ``rounds`` calls of each function, in turn, so that a drift of the machine meets all alike.
@@ -44,7 +46,11 @@ def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int =
 
 
 def count_gmacs(model: nn.Module, image_size: tuple[int, int, int]) -> float:
-    """Billions of multiply-accumulates of one image (channels, height, width), as torch counts its matrix products."""
+    """Billions of multiply-accumulates of one image (channels, height, width), as torch counts its matrix products.
+
+    A wrapper (``torch.compile``, DistributedDataParallel, accelerate, ...) counts as the model inside.
+    """
+    model = unwrapped(model)
     like = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=like.dtype, device=like.device)
     training = model.training

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .data import input_size
 from .segmenter import Model, Segmenter
+from .unwrapping import unwrapped
 from .vision_transformer import Compressed
 
 
@@ -21,8 +22,8 @@ def warmup(
     On a GPU every named batch size is replayed as a CUDA graph; another records one when it first comes.
 
     Args:
-        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, compressed or not, on its device; it is put
-            into evaluation mode.
+        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, compressed or not, on its device, or a wrapper
+            of one (``torch.compile``, accelerate, ...); it is put into evaluation mode.
         batch_sizes: numbers of images that will come.
         dtype: of mixed precision (autocast), such as ``torch.bfloat16``; ``None``: the model's own.
 
@@ -34,7 +35,7 @@ def warmup(
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes must be at least one number, each at least 1, got {list(batch_sizes)}")
-    model = _frozen(model.eval())
+    model = _frozen(unwrapped(model.eval()))
     like = next(model.parameters())
     on_gpu = like.device.type == "cuda"
     single = torch.compile(model, dynamic=False, mode="reduce-overhead" if on_gpu else "default")
