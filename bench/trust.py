@@ -1,8 +1,8 @@
 """What was tried to break the package, and how exact its ops are: the long property tests, and a table of errors.
 
 ``python -m bench.trust`` writes trust.json: for every op and dtype its error against float64 beside that of PyTorch's
-own ops; the cases that each test of ``pytest -m fuzz`` tried; and how all tests went on the oldest and the newest
-versions, which ``.ci/versions`` installs. It takes about an hour on two cores.
+own ops; the cases that each test of ``pytest -m fuzz`` tried; and how all tests went on the oldest versions, the
+newest, and some between them, which ``.ci/versions`` installs. It takes more than an hour on two cores.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from . import results
 from .machine import describe, versions
 
 ROOT = Path(__file__).parents[1]
+VERSIONS = ("oldest", "middle", "newest")  # as .ci/versions calls them
 VERSIONED = ("torch ", "triton ", "timm ", "numpy ")  # as lines of .ci/versions begin
 Op = Callable[..., Tensor]
 
@@ -42,8 +43,8 @@ Op = Callable[..., Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.trust", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "parts", nargs="*", default=["errors", "tests", "oldest", "newest"],
-        help="errors, oldest, newest, or files or folders of tests; what else the file holds stays (default: all)",
+        "parts", nargs="*", default=["errors", "tests", *VERSIONS],
+        help=f"errors, {', '.join(VERSIONS)}, or tests by file or folder; the rest of the file stays (default: all)",
     )  # fmt: skip
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="write <device>/trust.json here")
     parser.add_argument("--processes", type=int, default=2, help="tests at a time (%(default)s)")
@@ -54,7 +55,7 @@ def main() -> None:
     for part in options.parts:
         if part == "errors":
             found = errors(device)
-        elif part in ("oldest", "newest"):
+        elif part in VERSIONS:
             found = on_versions(part)
         else:
             found = tried(options.processes, part)
@@ -96,7 +97,7 @@ def tried(processes: int, tests: str) -> Iterator[dict]:
 
 
 def on_versions(which: str) -> Iterator[dict]:
-    """The outcome of all tests on the oldest or on the newest versions of what the package needs.
+    """The outcome of all tests on one of ``VERSIONS`` of what the package needs.
 
     Raises:
         RuntimeError: no test ran, as where the versions cannot be installed.

@@ -114,6 +114,9 @@ class CompressionPlan:
     ) -> "CompressionPlan":
         """Threshold scores into a plan (arXiv 2503.23455, section 3; segments as in the authors' code).
 
+        The rates hold whatever the scores: of equal ones the earlier layer's counts as higher, and in a layer the
+        earlier patch's. Only a layer that would keep nothing keeps its best patch all the same.
+
         Args:
             scores: (L, h*w), nonnegative, one row per block, as :func:`pm_models.score_tokens` returns them.
             grid: (h, w) patches.
@@ -122,8 +125,8 @@ class CompressionPlan:
                 What is neither kept nor pruned is merged into a kept neighbour.
             layer_decay: block ``l``'s normalised scores are multiplied by ``1 - layer_decay * l``.
             num_prefix_tokens: tokens before the patches.
-            allocation: ``"global"``: one pair of thresholds for all stages, so that each finds its own number of
-                tokens; ``"layer"``: the rates hold in every stage.
+            allocation: ``"global"``: the rates hold over all stages together, so that each finds its own number of
+                tokens; ``"layer"``: they hold in every stage.
             row_weights: ``"sum"``: a merged token is the sum of its patches, each weighted by its score over the
                 kept patch's (the authors' choice); ``"average"``: the same weights scaled to sum 1.
             segments: which kept patch takes what is merged: ``"raster"``: the nearer one along its row (the authors'
@@ -172,19 +175,14 @@ class CompressionPlan:
         scores = scores / scores.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         scores = scores * (1 - layer_decay * first_blocks[:, None])
         groups = [scores] if allocation == "global" else scores.split(1)
-        labelled = [
-            _label(layer, keep, prune)
-            for group in groups
-            for keep, prune in [_thresholds(group, keep_rate, prune_rate)]
-            for layer in group
-        ]
+        kept, pruned = map(torch.cat, zip(*(_label(group, keep_rate, prune_rate) for group in groups), strict=True))
         return cls(
             grid=grid,
             depth=depth,
             num_prefix_tokens=num_prefix_tokens,
             stages=tuple(
-                _stage_plan(first, last, layer, kept, pruned, grid, row_weights, segments)
-                for (first, last), layer, (kept, pruned) in zip(bounds, scores, labelled, strict=True)
+                _stage_plan(first, last, *layer, grid, row_weights, segments)
+                for (first, last), *layer in zip(bounds, scores, kept, pruned, strict=True)
             ),
         )
 
@@ -192,7 +190,7 @@ class CompressionPlan:
         """The plan for another grid of the same pictures, with as large a share of patches kept, merged and pruned.
 
         In each stage the patches' weights, over the largest of their token, are interpolated to the new grid; the
-        highest are kept, the lowest pruned.
+        highest are kept, the lowest pruned; of equal ones the earlier patch's counts as higher.
 
         Args:
             grid: (h, w) patches.
@@ -365,20 +363,21 @@ class CompressionPlan:
         return "\n".join(lines)
 
 
-def _thresholds(scores: Tensor, keep_rate: float, prune_rate: float) -> tuple[float, float]:
-    """Keep and prune thresholds of ``scores`` (layers, n) taken together."""
+def _label(scores: Tensor, keep_rate: float, prune_rate: float) -> tuple[Tensor, Tensor]:
+    """Kept and pruned patches, (layers, n) bool, of layers that share the rates; each always keeps its best patch."""
     layers, patches = scores.shape
-    ascending = scores.flatten().sort().values
-    kept = int(patches * keep_rate) * layers
-    keep = float(ascending[-kept]) if kept else math.inf
-    return keep, float(ascending[int(patches * prune_rate) * layers])
+    kept, pruned = _ends(scores, int(patches * keep_rate) * layers, int(patches * prune_rate) * layers)
+    kept[torch.arange(layers), scores.argmax(dim=1)] = True
+    return kept, pruned & ~kept
 
 
-def _label(scores: Tensor, keep: float, prune: float) -> tuple[Tensor, Tensor]:
-    """Kept and pruned patches (n,) bool of one layer; a layer always keeps its best patch."""
-    kept = scores >= keep
-    kept[scores.argmax()] = True
-    return kept, (scores < prune) & ~kept
+def _ends(scores: Tensor, highest: int, lowest: int) -> tuple[Tensor, Tensor]:
+    """Which are the highest and the lowest, so many of each, as bool; of equal scores the first is the higher."""
+    ranking = scores.flatten().argsort(descending=True, stable=True)
+    ends = torch.zeros(2, len(ranking), dtype=torch.bool)
+    ends[0, ranking[:highest]] = True
+    ends[1, ranking[len(ranking) - lowest :]] = True
+    return ends.view(2, *scores.shape).unbind()
 
 
 def _stage_plan(
@@ -435,10 +434,7 @@ def _resized(stage: StagePlan, old: tuple[int, int], new: tuple[int, int], segme
     patches = len(shares)
     keep = max(round(stage.merged_patches * patches / len(into)), 1)
     prune = min(round(stage.pruned_patches * patches / len(into)), patches - keep)
-    order = shares.argsort(descending=True, stable=True)
-    kept, pruned = torch.zeros(2, patches, dtype=torch.bool)
-    kept[order[:keep]] = True
-    pruned[order[patches - prune :]] = True
+    kept, pruned = _ends(shares, keep, prune)
     sums = torch.zeros_like(largest).index_add(0, into[merged], torch.tensor(stage.weights).double()[merged])
     averaged = merged.sum() > stage.merged_patches and bool(((sums - 1).abs() < 1e-4).all())
     row_weights = "average" if averaged else "sum"

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import numpy
 import pytest
 import timm
 import torch
 import yaml
-from packaging.version import Version
 from timm.models.vision_transformer import VisionTransformer
 
 from pm_models import CompressionPlan
@@ -20,12 +18,13 @@ ON_KERNELS = [
 
 
 def skip_without_kernels() -> None:
-    """Skip the module where neither a GPU nor Triton's interpreter can run kernels."""
-    triton = pytest.importorskip("triton")
-    if not torch.cuda.is_available() and Version(triton.__version__) < Version("3.9"):
-        # Triton's interpreter used to take int() of arrays of one element, which numpy 2.4 no longer does.
-        if Version(numpy.__version__) >= Version("2.4"):
-            pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4", allow_module_level=True)
+    """Skip the module, or the test, where neither a GPU nor Triton's interpreter can run kernels."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        from interpreted import fault
+
+        if found := fault():
+            pytest.skip(f"Triton's interpreter does not work: {found}", allow_module_level=True)
 
 
 def small_vit(name: str = "vit_tiny_patch16_224", **arguments) -> VisionTransformer:

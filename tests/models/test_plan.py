@@ -68,6 +68,67 @@ def test_allocation_per_layer_applies_the_rates_in_every_layer():
     assert [stage.pruned_patches for stage in plan.stages] == [10, 10, 10, 10]
 
 
+def half_zeros():
+    return torch.rand(4, 100) * (torch.arange(100) % 2)
+
+
+TIED = {
+    "half-zeros": half_zeros,
+    "all-equal": lambda: torch.ones(4, 100),
+    "all-zeros": lambda: torch.zeros(4, 100),
+    "three-values": lambda: torch.randint(0, 3, (4, 100)).float(),
+    "layers-of-zeros": lambda: torch.rand(4, 100) * torch.tensor([[0.0], [1.0], [0.0], [1.0]]),
+}
+
+
+@pytest.mark.parametrize("row_weights", ["sum", "average"])
+@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("scores", TIED)
+@pytest.mark.parametrize("rates", [(0.6, 0.1), (0.25, 0.7), (0.5, 0.5), (1.0, 0.0), (0.02, 0.9)])
+def test_rates_hold_where_scores_are_equal(rates, scores, allocation, row_weights):
+    plan = CompressionPlan.from_scores(TIED[scores](), (10, 10), *rates, allocation=allocation, row_weights=row_weights)
+    kept = torch.tensor([stage.merged_patches for stage in plan.stages])
+    pruned = torch.tensor([stage.pruned_patches for stage in plan.stages])
+    keep, prune = (int(100 * rate) for rate in rates)
+    if allocation == "layer":
+        assert kept.tolist() == 4 * [keep]
+        assert pruned.tolist() == 4 * [prune]
+    else:
+        # A layer that ranks below all that is kept keeps one patch, which may be one that would be pruned.
+        forced = int(kept.sum()) - 4 * keep
+        assert 0 <= forced <= int((kept == 1).sum())
+        assert 4 * prune - forced <= int(pruned.sum()) <= 4 * prune
+    for block in range(4):
+        merge, reconstruct = plan.merge_matrix(block).double(), plan.reconstruct_matrix(block).double()
+        torch.testing.assert_close(reconstruct, torch.linalg.pinv(merge), rtol=1e-4, atol=1e-5)
+        if row_weights == "average":
+            torch.testing.assert_close(merge.sum(dim=1), torch.ones(len(merge)).double())
+
+
+def test_of_equal_scores_the_earlier_is_the_higher():
+    """All alike but for the decay: the first layers keep all they have, and in a layer the first patches."""
+    plan = CompressionPlan.from_scores(torch.ones(4, 10), (2, 5), 0.4, 0.3)
+    stages = [(stage.merged_patches, stage.pruned_patches) for stage in plan.stages]
+    assert stages == [(10, 0), (6, 0), (1, 2), (1, 9)]
+    assert plan.stages[1].segments == (0, 1, 2, 3, 4, 5, 5, 5, 5, 5)
+    assert plan.stages[2].segments == (0, 0, 0, 0, 0, 0, 0, 0, -1, -1)
+    assert plan.stages[2].weights == 8 * (1.0,) + (0.0, 0.0)
+    for allocation in ("global", "layer"):
+        even = CompressionPlan.from_scores(torch.ones(1, 10), (2, 5), 0.4, 0.3, allocation=allocation)
+        assert even.stages[0].segments == (0, 1, 2, 3, 3, 3, 3, -1, -1, -1)
+
+
+@pytest.mark.parametrize("row_weights", ["sum", "average"])
+@pytest.mark.parametrize("scores", TIED)
+def test_another_grid_keeps_the_shares_of_equal_scores(scores, row_weights):
+    plan = CompressionPlan.from_scores(
+        TIED[scores](), (10, 10), 0.5, 0.2, allocation="layer", row_weights=row_weights
+    ).resize((20, 15))
+    assert [(stage.merged_patches, stage.pruned_patches) for stage in plan.stages] == 4 * [(150, 60)]
+    for block in range(4):
+        assert plan.reconstruct_matrix(block).isfinite().all()
+
+
 def test_average_rows_sum_to_one_in_the_same_segments():
     scores = torch.rand(2, 35)
     by_sum = CompressionPlan.from_scores(scores, (7, 5), 0.4, 0.2)

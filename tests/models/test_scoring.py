@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import images_for, plan_for, small_vit
+from helpers import images_for, plan_for, skip_without_kernels, small_vit
 from timm.layers import Attention
 
 from pm_kernels import backend
@@ -207,7 +207,7 @@ def test_errors():
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton 3.6
 def test_the_kernels_score_as_the_reference():
     """The whole dense model, forward and backward, attends and scores through the Triton kernels."""
-    pytest.importorskip("triton")
+    skip_without_kernels()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = small_vit(reg_tokens=2).to(device)
     batches = [(images_for(model), torch.randint(0, 7, (3,), device=device)) for _ in range(2)]

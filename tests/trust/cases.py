@@ -49,17 +49,23 @@ def plans(draw: st.DrawFn, *, most_blocks: int = 4, most_side: int = 9) -> Compr
 
 
 def scores(depth: int, grid: tuple[int, int]) -> st.SearchStrategy[Tensor]:
-    """(depth, patches): random, few different values, or with zeros."""
+    """(depth, patches): random, few different values, all equal, with zeros, or with layers of zeros."""
 
     def make(seed: int, kind: str) -> Tensor:
         found = torch.rand(depth, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
         if kind == "ties":
             found = (3 * found).ceil()
+        elif kind == "equal":
+            found = torch.ones_like(found)
         elif kind == "zeros":
             found = found * (found > 0.5)
+        elif kind == "layers of zeros":
+            found[::2] = 0
         return found
 
-    return st.builds(make, st.integers(0, 2**31), st.sampled_from(["random", "ties", "zeros"]))
+    return st.builds(
+        make, st.integers(0, 2**31), st.sampled_from(["random", "ties", "equal", "zeros", "layers of zeros"])
+    )
 
 
 @st.composite

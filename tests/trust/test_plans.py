@@ -1,7 +1,6 @@
 """Random plans against the rules written out patch by patch, and models of random plans against their equations."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -48,34 +47,31 @@ def test_a_plan_is_what_the_rules_say(data, height, width, depth):
         if options["segments"] == "raster":
             in_order = [segment for segment in stage.segments if segment >= 0]
             assert in_order == sorted(in_order)
-    expected_kept = kept_by_the_rules(given_scores, options, starts)
-    if expected_kept is not None:
-        assert [stage.merged_patches for stage in plan.stages] == expected_kept
+    check_rates(plan, given_scores, options)
 
 
-def kept_by_the_rules(given_scores, options, stages):
-    """How many patches each stage keeps; ``None`` where ties leave the choice open, or a rule for none applies."""
-    if options["allocation"] != "global" or len(stages) != len(given_scores):
-        return None
-    norms = given_scores.double().norm(dim=1)
-    if (norms == 0).any():
-        return None
-    decayed = [
-        (row / norm * (1 - 0.025 * index)).tolist()
-        for index, (row, norm) in enumerate(zip(given_scores.double(), norms, strict=True))
-    ]
-    everything = sorted(value for row in decayed for value in row)
-    patches = len(decayed[0])
-    kept = int(patches * options["keep_rate"]) * len(decayed)
-    if kept == 0:
-        return None
-    threshold = everything[-kept]
-    close = sum(math.isclose(value, threshold, rel_tol=1e-5) for value in everything)
-    pruned = everything[int(patches * options["prune_rate"]) * len(decayed)]
-    if close > 1 or pruned >= threshold:
-        return None
-    counts = [sum(value >= threshold * (1 - 1e-9) for value in row) for row in decayed]
-    return counts if min(counts) > 0 else None
+def check_rates(plan, given_scores, options):
+    """As many patches are kept and pruned as the rates say, whatever ties; but every stage keeps one."""
+    firsts, patches = [stage.first for stage in plan.stages], plan.num_patches
+    rows = given_scores[firsts].double()
+    decay = 1 - 0.025 * torch.tensor(firsts)[:, None]
+    rows = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300) * decay).tolist()
+    places = [(-score, layer, patch) for layer, row in enumerate(rows) for patch, score in enumerate(row)]
+    alone = [places[layer * patches :][:patches] for layer in range(len(rows))]
+    kept, pruned = [set() for _ in rows], [set() for _ in rows]
+    for ranking in map(sorted, [places] if options["allocation"] == "global" else alone):
+        layers = len(ranking) // patches
+        highest, lowest = (int(patches * options[rate]) * layers for rate in ("keep_rate", "prune_rate"))
+        for place, (_, layer, patch) in enumerate(ranking):
+            if place < highest:
+                kept[layer].add(patch)
+            elif place >= len(ranking) - lowest:
+                pruned[layer].add(patch)
+    for stage, row, leaders, skipping in zip(plan.stages, rows, kept, pruned, strict=True):
+        leaders = leaders or {row.index(max(row))}
+        assert {patch for patch, segment in enumerate(stage.segments) if segment == -1} == skipping - leaders
+        assert stage.merged_patches == len(leaders)
+        assert {stage.segments[patch] for patch in leaders} == set(range(len(leaders)))
 
 
 @given(plans())
