@@ -14,7 +14,7 @@ from timm.utils import ParseKwargs
 from . import commands, tools
 from .compression import MERGE_SITES, SHORTCUTS
 from .config import apply_config, find_task, shipped_configs
-from .export import FORMATS
+from .export import FORMATS, OPSETS
 from .segmenter import DECODERS
 from .tasks import DEFAULT_TASK, TASKS
 from .training import IGNORED, SCHEDULES, launched_processes
@@ -164,6 +164,12 @@ def _parser(task: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
         help="onnx: for onnxruntime and others; pt2: for torch.export.load; aoti: compiled for this machine",
     )
     export.add_argument("--output", type=Path, required=True, help="file to write")
+    export.add_argument(
+        "--opset",
+        type=int,
+        metavar="N",
+        help=f"of onnx, {OPSETS[0]} to {OPSETS[-1]}; older runtimes need lower ones (default: PyTorch's choice)",
+    )
     export.add_argument("-b", "--batch-size", type=_positive, default=8, help="images to time it on (%(default)s)")
     export.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="of pt2 and aoti; auto: a GPU if there is one"

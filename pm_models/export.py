@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .data import input_size
-from .files import atomic_path
+from .files import allow_default_mode, unfinished
 from .segmenter import Model, encoder_of
 from .unwrapping import unwrapped
 from .vision_transformer import Compressed
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
+OPSETS = range(17, 24)  # of ONNX: the first has LayerNormalization, the last is PyTorch's newest
+_LOWEST_OPSET = 18  # that PyTorch exports to
 _MOST_BYTES = 2**31 - 2**24  # of one ONNX file
 _UNWANTED = ("Scatter", "Loop", "Scan", "If")  # what servers of ONNX are slow at, or lack
 _INPUT, _OUTPUT = "images", "logits"
@@ -27,7 +30,8 @@ class Exported(NamedTuple):
     Args:
         path: the file.
         run: the file, loaded: images (B, 3, H, W) to logits, for any batch.
-        max_error: the greatest difference to the model's logits over the greatest of these, on random images.
+        max_error: the greatest difference to the model's logits over the greatest of these, or over 1 where all are 0,
+            on random images.
     """
 
     path: Path
@@ -36,7 +40,13 @@ class Exported(NamedTuple):
 
 
 def export_model(
-    model: Model, path: str | os.PathLike, format: str, *, batch_size: int = 2, tolerance: float = 1e-3
+    model: Model,
+    path: str | os.PathLike,
+    format: str,
+    *,
+    batch_size: int = 2,
+    tolerance: float = 1e-3,
+    opset: int | None = None,
 ) -> Exported:
     """Write a model, compressed or not, to a file for images of its size in batches of any number.
 
@@ -51,10 +61,13 @@ def export_model(
             ``torch.export.load``; ``"aoti"``, compiled for this machine, for ``torch._inductor.aoti_load_package``.
         batch_size: of the images that the model is traced with, at least 2; files take any batch.
         tolerance: the greatest ``max_error`` that is let pass.
+        opset: of ONNX, from 17 to 23; older runtimes need lower ones. ``None``: PyTorch's choice.
 
     Raises:
-        ValueError: ``format`` is unknown, the model is too large for one ONNX file, or its graph holds an operator that
-            ONNX is not to have.
+        TypeError: ``opset`` is no integer.
+        ValueError: ``format`` is unknown, ``opset`` is out of range or not for this format or model, the model gives
+            logits that are not a number, it is too large for one ONNX file, or its graph holds an operator that ONNX
+            is not to have.
         ImportError: a package for ONNX is missing.
         RuntimeError: the file's results differ from the model's by more than ``tolerance``.
     """
@@ -62,10 +75,12 @@ def export_model(
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, as a batch of 1 would be the only one, got {batch_size}")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"opset must be None for format {format!r}, as it is ONNX's, got {opset}")
     model = unwrapped(model)
     like = next(model.parameters())
     if format == "onnx":
-        _check_onnx(model)
+        _check_onnx(model, opset)
         model = copy.deepcopy(model).cpu().float()
     else:
         model = copy.deepcopy(model)
@@ -76,28 +91,36 @@ def export_model(
     images = torch.randn(batch_size + 1, *input_size(model), device=device, dtype=dtype)
     with torch.no_grad():
         expected = model(images)
-    write = {"onnx": _write_onnx, "pt2": _write_pt2, "aoti": _write_aoti}[format]
+    if expected.isnan().any():
+        raise ValueError("model gives NaN on random images, so its file cannot be checked; nothing is written")
+    write = {"onnx": partial(_write_onnx, opset=opset), "pt2": _write_pt2, "aoti": _write_aoti}[format]
     path = Path(path)
-    with atomic_path(path) as temporary:
-        # AOTInductor insists on the name's end.
-        written = temporary.with_name(f"{temporary.name}{FORMATS[format]}")
-        try:
-            run = write(model, images[:-1], written)
-            found = run(images)
-            error = ((found - expected).abs().max() / expected.abs().max()).item()
-            if not error <= tolerance:
-                raise RuntimeError(
-                    f"the {format} file gives other logits than the model: they differ by {error:.3g} of the greatest, "
-                    f"expected at most {tolerance:g}; nothing is written"
-                )
-            os.replace(written, temporary)
-        finally:
-            written.unlink(missing_ok=True)
+    with unfinished(path) as folder:
+        folder.mkdir()
+        written = folder / f"model{FORMATS[format]}"  # AOTInductor insists on the name's end
+        run = write(model, images[:-1], written)
+        error = _difference(run(images), expected)
+        if not error <= tolerance:
+            raise RuntimeError(
+                f"the {format} file gives other logits than the model: they differ by {error:.3g} of the greatest, "
+                f"expected at most {tolerance:g}; nothing is written"
+            )
+        allow_default_mode(written)
+        os.replace(written, path)
     return Exported(path, run, error)
 
 
-def _write_onnx(model: Model, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The greatest difference over the greatest finite value; infinities differ from all but themselves."""
+    greatest = expected.abs().nan_to_num(posinf=0.0).max()
+    # Equal values differ by 0: the difference of infinities is no number.
+    differences = torch.where(found == expected, 0.0, (found - expected).abs())
+    return (differences.max() / torch.where(greatest > 0, greatest, 1.0)).item()
+
+
+def _write_onnx(model: Model, images: Tensor, path: Path, opset: int | None) -> Callable[[Tensor], Tensor]:
     import onnx
+    import onnxruntime
 
     program = torch.onnx.export(
         model,
@@ -106,11 +129,65 @@ def _write_onnx(model: Model, images: Tensor, path: Path) -> Callable[[Tensor], 
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=[_INPUT],
         output_names=[_OUTPUT],
+        opset_version=None if opset is None else max(opset, _LOWEST_OPSET),
         verbose=False,
     )
     program.save(str(path), external_data=False)
-    _check_operators(onnx.load(str(path), load_external_data=False))
-    return load_onnx(path)
+    content = onnx.load(str(path), load_external_data=False)
+    _check_operators(content)
+    if opset is not None:
+        if opset < _LOWEST_OPSET:
+            _lower(content, opset)
+        # Runtimes refuse a file whose format is newer than they are, whatever its opset.
+        content.ir_version = min(content.ir_version, onnx.helper.find_min_ir_version_for(content.opset_import))
+        onnx.save(content, str(path))
+    try:
+        run = load_onnx(path)
+        run(images)
+    except Exception as error:  # onnxruntime has no class of its own for its errors
+        told = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"onnxruntime {onnxruntime.__version__} cannot run the file with opset {opset or 'by default'}; nothing is "
+            f"written: {told}"
+        ) from error
+    return run
+
+
+def _lower(content: object, opset: int) -> None:
+    """Change the graph to an opset below those that PyTorch exports to, 17.
+
+    PyTorch itself would have it converted by onnx, which cannot convert what some models need, and in others leaves
+    attributes that the opset does not have.
+
+    Raises:
+        ValueError: an operator of the graph has no form in it.
+    """
+    from onnx import defs, helper, numpy_helper
+
+    graph = content.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        try:
+            old = defs.get_schema(node.op_type, opset, node.domain)
+            new = defs.get_schema(node.op_type, _LOWEST_OPSET, node.domain)
+            if old.since_version == new.since_version:
+                continue
+            if "axes" in old.attributes and len(node.input) == 2:  # of a mean or norm: they became an input
+                node.attribute.append(helper.make_attribute("axes", constants[node.input.pop()].tolist()))
+            for attribute in list(node.attribute):
+                if attribute.name not in old.attributes:
+                    default = new.attributes[attribute.name].default_value
+                    if attribute.name != "num_outputs" and attribute != default:  # which a Split has anyway
+                        raise ValueError(attribute.name)
+                    node.attribute.remove(attribute)
+        except (defs.SchemaError, KeyError, ValueError) as error:
+            raise ValueError(f"opset {opset} has no {node.op_type} as this model needs it: {error}") from error
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for tensor in list(graph.initializer):
+        if tensor.name not in used:
+            graph.initializer.remove(tensor)
+    for imported in content.opset_import:
+        imported.version = opset if imported.domain == "" else imported.version
 
 
 def _write_pt2(model: Model, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
@@ -145,15 +222,21 @@ def load_onnx(path: str | os.PathLike, *, threads: int = 0) -> Callable[[Tensor]
     return run
 
 
-def _check_onnx(model: nn.Module) -> None:
+def _check_onnx(model: nn.Module, opset: int | None) -> None:
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"ONNX needs the packages onnx, onnxscript and onnxruntime: pip install '.[export]'; {error}"
         ) from error
+    if opset is not None:
+        if type(opset) is not int:
+            raise TypeError(f"opset must be an integer, got {opset!r}")
+        most = min(OPSETS[-1], onnx.defs.onnx_opset_version())
+        if not OPSETS[0] <= opset <= most:
+            raise ValueError(f"opset must be between {OPSETS[0]} and {most}, got {opset}")
     size = sum(4 * tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if size > _MOST_BYTES:
         raise ValueError(

@@ -34,7 +34,8 @@ def export(options: argparse.Namespace) -> None:
     on_cpu = options.format == "onnx" or options.device == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu" if on_cpu else "cuda")
     model.to(device)
-    files = {"exported": export_model(model, options.output, options.format)}
+    written = partial(export_model, format=options.format, opset=options.opset)
+    files = {"exported": written(model, options.output)}
     like = next(model.parameters())
     dtype = torch.float32 if options.format == "onnx" else like.dtype
     images = torch.randn(options.batch_size, *input_size(model), device=device, dtype=dtype)
@@ -43,7 +44,7 @@ def export(options: argparse.Namespace) -> None:
         if isinstance(encoder_of(model), Compressed):
             print("exporting the uncompressed model too, to compare the speed")
             with torch.inference_mode(False):
-                files["dense"] = export_model(model.uncompressed().to(device), Path(folder) / "dense", options.format)
+                files["dense"] = written(model.uncompressed().to(device), Path(folder) / "dense")
         calls = {name: partial(file.run, images) for name, file in files.items()}
         seconds = {name: statistics.median(times) for name, times in alternate(calls, 5, not on_cpu).items()}
     speed = f"{len(images) / seconds['exported']:.0f} images/s at batch {len(images)} on {device.type}"

@@ -73,7 +73,11 @@ class Fold(nn.Module):
         self.sums = SumsOfProducts(*map(torch.cat, zip(*terms, strict=True)), count, share)
         self._present = [product is not None for product in products]
         self._runs = len(runs)
-        self._means = readout == "patch_mean"
+        self.register_buffer("cells", None, persistent=False)
+        if readout == "patch_mean":  # the mean of all patches is a row without zeros
+            cells = torch.full(products[-1].shape, len(places))
+            cells.view(-1)[places] = torch.arange(len(places))
+            self.cells = cells
 
     def forward(self, runs: Runs, dtype: torch.dtype) -> Folded:
         """The folded matrices, computed in float32 at least, differentiable in what trains."""
@@ -83,8 +87,8 @@ class Fold(nn.Module):
             values = torch.cat([values, -self.rests(values)])
         parts = self.sums(values).to(dtype).split(self._sizes)
         matrices = [pattern(part) for pattern, part in zip(self.patterns, parts, strict=True)]
-        if self._means:  # the mean of all patches is a row without zeros
-            matrices[-1] = matrices[-1].to_dense(self.patterns[-1].shape[1])
+        if self.cells is not None:
+            matrices[-1] = F.pad(parts[-1], (0, 1))[self.cells]
         found = iter(matrices)
         return arranged([next(found) if present else None for present in self._present], self._runs)
 
@@ -389,7 +393,6 @@ class SparsePattern(nn.Module):
 
     def __init__(self, places: Tensor, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.shape = shape
         self.register_buffer("starts", torch.searchsorted(places, torch.arange(shape[0]) * shape[1]).int(), False)
         self.register_buffer("columns", (places % shape[1]).int(), False)
         for name, tensor in ByColumn.of(self.starts, self.columns, shape[1])._asdict().items():
