@@ -9,10 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import input_size
 from .files import atomic_path
-from .segmenter import Model, encoder_of
-from .vision_transformer import Compressed
+from .models import Model, frozen, input_size
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
 _MOST_BYTES = 2**31 - 2**24  # of one ONNX file
@@ -66,9 +64,7 @@ def export_model(
         model = copy.deepcopy(model).cpu().float()
     else:
         model = copy.deepcopy(model)
-    model = model.eval().requires_grad_(False)
-    if isinstance(encoder_of(model), Compressed):
-        encoder_of(model).freeze()
+    model = frozen(model.eval().requires_grad_(False))
     device, dtype = ("cpu", torch.float32) if format == "onnx" else (like.device, like.dtype)
     images = torch.randn(batch_size + 1, *input_size(model), device=device, dtype=dtype)
     with torch.no_grad():
@@ -80,8 +76,7 @@ def export_model(
         written = temporary.with_name(f"{temporary.name}{FORMATS[format]}")
         try:
             run = write(model, images[:-1], written)
-            found = run(images)
-            error = ((found - expected).abs().max() / expected.abs().max()).item()
+            error = ((run(images) - expected).abs().max() / expected.abs().max()).item()
             if not error <= tolerance:
                 raise RuntimeError(
                     f"the {format} file gives other logits than the model: they differ by {error:.3g} of the greatest, "
@@ -161,6 +156,6 @@ def _check_onnx(model: nn.Module) -> None:
 def _check_operators(content: object) -> None:
     """Refuse what static matrices have no need for."""
     graphs = [content.graph, *content.functions]
-    found = {node.op_type for graph in graphs for node in graph.node if node.op_type.startswith(_UNWANTED)}
-    if found:
-        raise ValueError(f"the ONNX graph has {', '.join(sorted(found))}: a part of the model has no static form")
+    unwanted = {node.op_type for graph in graphs for node in graph.node if node.op_type.startswith(_UNWANTED)}
+    if unwanted:
+        raise ValueError(f"the ONNX graph has {', '.join(sorted(unwanted))}: a part of the model has no static form")

@@ -226,27 +226,6 @@ class Segmenter(nn.Module):
         return model
 
 
-Model = PlainModel | Segmenter
-
-
-def encoder_of(model: nn.Module) -> nn.Module:
-    """The Vision Transformer in a Segmenter; any other model is its own."""
-    return model.encoder if isinstance(model, Segmenter) else model
-
-
-def shared_norm_eps(model: nn.Module) -> float | None:
-    """The epsilon that all LayerNorms of a model have; ``None`` where they differ, or there are none."""
-    found = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
-    return found.pop() if len(found) == 1 else None
-
-
-def set_norm_eps(model: nn.Module, eps: float | None) -> None:
-    """Give every LayerNorm of a model the same epsilon; ``None`` leaves them."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm) and eps is not None:
-            module.eps = eps
-
-
 def sliding_window(
     model: nn.Module, images: Tensor, window: tuple[int, int], stride: int | None = None, *, batch_size: int = 8
 ) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pm_models import CompressionPlan, Segmenter
-from pm_models.data import input_size
+from pm_models.models import input_size
 from pm_models.segmentation import (
     Sample,
     SegmentationImages,
