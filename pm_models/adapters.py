@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import input_size, set_norm_eps
+from .unwrapping import unwrapped
 from .vision_transformer import PlainModel
 from .weights import arguments_of, load_weights, mlp_ratio, refusing
 
@@ -87,7 +88,7 @@ def to_timm(model: nn.Module) -> PlainModel:
     becomes the head, without a bias.
 
     Args:
-        model: it is left as it was.
+        model: it is left as it was. Of a wrapper (``torch.compile``, accelerate, ...), the model inside is taken.
 
     Returns:
         The model on the same device, in the same dtype, in evaluation mode. It was run beside the given one.
@@ -97,6 +98,7 @@ def to_timm(model: nn.Module) -> PlainModel:
         ValueError: it has a part that timm's has not, it is quantised, in pieces or has adapters that are not merged,
             or the two do not compute the same.
     """
+    model = unwrapped(model)
     if hasattr(model, "merge_and_unload") or any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("model has adapters that are not merged: merge them first, by peft's model.merge_and_unload()")
     classes = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.partition(".")[0] in _LIBRARIES}

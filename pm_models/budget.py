@@ -13,6 +13,7 @@ from torch import Tensor
 from .measure import alternate, count_gmacs
 from .models import Model, encoder_of, input_size, tokens_of
 from .plan import CompressionPlan
+from .unwrapping import unwrapped
 
 _ROUNDS = 8
 
@@ -50,6 +51,7 @@ def fit_gmacs(
     Raises:
         ValueError: no keep rate has as few, or the uncompressed model has no more.
     """
+    model = unwrapped(model)
     size = input_size(model)
     dense = count_gmacs(model, size)
     if target >= dense:
@@ -90,6 +92,7 @@ def fit_speedup(
     """
     if target <= 1:
         raise ValueError(f"target_speedup must be above 1, got {target:g}")
+    model = unwrapped(model)
     table = measure_latency(model, images)
     rates = _keep_rates(model, prune_rate)
 
@@ -139,6 +142,7 @@ class LatencyTable(NamedTuple):
 
 def measure_latency(model: Model, images: Tensor) -> LatencyTable:
     """Measure the table of a model, in evaluation mode, on a batch of images (B, C, H, W)."""
+    model = unwrapped(model)
     encoder = encoder_of(model)
     total = tokens_of(model)[0]
     counts = sorted({max(1 + encoder.num_prefix_tokens, round(total * eighth / 8)) for eighth in range(1, 9)})

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from .card import model_card, replaces_card
 from .compression import OPTIONS
+from .description import describe
 from .files import allow_default_mode, unfinished
 from .models import Model, compression_of, encoder_of, input_size, set_norm_eps, shared_norm_eps, uncompressed
 from .registry import PREFIX, registered_name
 from .segmenter import Segmenter
+from .unwrapping import unwrapped
 from .weights import load_state_file, load_weights, refusing
 
 __all__ = ["load_pretrained", "load_state_file", "save_pretrained"]
@@ -26,9 +28,6 @@ __all__ = ["load_pretrained", "load_state_file", "save_pretrained"]
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 WEIGHTS_NAME = "model.safetensors"
-
-# Attributes that say how a model is being used, not what it is.
-_TRANSIENT = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "distilled_training"}
 
 
 def save_pretrained(
@@ -47,15 +46,18 @@ def save_pretrained(
     rebuilt from the configuration (without weights) and compared before anything appears in ``folder``.
 
     Args:
-        model: made by ``timm.create_model``, or its encoder was, so that its architecture has a name.
+        model: made by ``timm.create_model``, or its encoder was, so that its architecture has a name. Of a wrapper
+            (``torch.compile``, DistributedDataParallel, accelerate, ...), the model inside is saved.
         folder: created if need be; a model saved there before is replaced.
         model_args: arguments of ``timm.create_model`` that the model was made with, where timm did not record them.
         results: a row of numbers for each of some models, by their names, for the card.
 
     Raises:
+        TypeError: a part of the model is wrapped on its own.
         ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
         OSError: the files cannot be written; what was saved there before is untouched.
     """
+    model = unwrapped(model)
     encoder = encoder_of(model)
     if not getattr(encoder, "pretrained_cfg", None) or not encoder.pretrained_cfg.get("architecture"):
         raise ValueError(
@@ -181,17 +183,4 @@ def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
 
 
 def _description(model: nn.Module) -> dict[str, object]:
-    """What a model is but for its weights: every module's class and plain attributes, every weight's shape."""
-    described: dict[str, object] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name, module in model.named_modules():
-        described[name or "model"] = type(module).__name__
-        for attribute, value in vars(module).items():
-            if not attribute.startswith("_") and attribute not in _TRANSIENT and _is_plain(value):
-                described[f"{name}.{attribute}".lstrip(".")] = value
-    return described
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, (bool, int, float, str))
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()} | describe(model)

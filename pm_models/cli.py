@@ -17,7 +17,9 @@ from .config import apply_config, find_task, shipped_configs
 from .export import FORMATS
 from .segmenter import DECODERS
 from .tasks import DEFAULT_TASK, TASKS
-from .training import IGNORED, SCHEDULES
+from .training import IGNORED, SCHEDULES, launched_processes
+
+_ON_SEVERAL = ("train", "compress", "finetune", "eval")  # processes of a launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
             warnings.simplefilter("default", UserWarning)
+            if options.command not in _ON_SEVERAL and launched_processes() > 1:
+                raise ValueError(f"runs in one process, got {launched_processes()} from the launcher")
             options.run(options)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"pm-vit {options.command}: error: {_told(error)}", file=sys.stderr)

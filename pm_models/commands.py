@@ -5,8 +5,8 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from .measure import count_gmacs, throughput
 from .models import Model, compression_of, encoder_of, input_size, tokens_of, uncompressed
 from .plan import CompressionPlan
 from .report import compare
+from .run_settings import flat_settings, refuse_other_settings
 from .scoring import score_tokens
 from .segmenter import Segmenter
 from .tasks import DEFAULT_TASK, TASKS, Task
@@ -34,7 +35,27 @@ from .visualize import save_accuracy_picture, save_plan_picture
 _STATE = "state"
 _SUMMARY = "training.json"
 _COMPRESSED = "compressed"
+_SETTINGS = "settings.json"  # beside a model that finetune compressed
 _PICTURED_IMAGES = 3
+
+# Options by what they decide: where a run is and what it keeps, and the precision, which fit knows; the recipe; the
+# compressed model; its training.
+_INCIDENTAL = {
+    "run", "config", "output", "device", "workers", "recovery_interval", "log_tensorboard", "grad_checkpointing", "amp",
+    "amp_dtype",
+}  # fmt: skip
+_OF_RECIPE = {field.name for field in fields(Recipe)} | {
+    "lr_base", "lr_base_size", "lr_base_scale", "default_lr", "model_ema",
+}  # fmt: skip
+_RATES = {"keep_rate", "target_gmacs", "target_speedup", "prune_rate"}
+_OF_COMPRESSION = _RATES | {
+    "score_decay", "score_batches", "allocation", "row_weights", "segments", "stages", "train_matrices", "size_bias",
+    "shortcut", "merge_site",
+}  # fmt: skip
+_OF_TRAINING = {
+    "teacher", "distill_alpha", "distill_temperature", "smoothing", "val_split", "no_aug", "scale", "ratio", "hflip",
+    "vflip", "color_jitter", "aa", "train_interpolation", "reprob", "remode", "recount",
+}  # fmt: skip
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -73,9 +94,13 @@ def finetune(options: argparse.Namespace) -> None:
     source = options.model
     if compression_of(model) is None:
         source = options.output / _COMPRESSED
-        if not (source / CONFIG_NAME).is_file():
+        settings = _settings(options, _OF_TRAINING)
+        settings |= {"seed": options.seed, "mixed_precision": accelerator.mixed_precision}
+        if (source / CONFIG_NAME).is_file():
+            _check_compressed(options, source, settings)
+        else:
             _check_compression(options)
-            _compress_into(options, accelerator, task, model, train_set, source)
+            _compress_into(options, accelerator, task, model, train_set, source, settings)
         accelerator.wait_for_everyone()
         model = load_pretrained(source)
     teacher = _teacher(options, model, source)
@@ -119,10 +144,11 @@ def _compress_into(
     model: Model,
     train_set: Dataset,
     output: Path,
+    settings: dict[str, object] | None = None,
 ) -> None:
     """Score the model's tokens, plan by the rates or the budget asked for, and save the compressed model and its plan.
 
-    Every process scores its share of the batches; the first one saves.
+    Every process scores its share of the batches; the first one saves, ``settings`` too where they are given.
     """
     again = compression_of(model) is not None
     plain = uncompressed(model)
@@ -166,6 +192,8 @@ def _compress_into(
     output.mkdir(parents=True, exist_ok=True)
     if again:  # its plain weights were trained to be compressed: no teacher
         _write_json(output / _SUMMARY, {"command": "compress", "model": str(options.model)})
+    if settings is not None:
+        _write_json(output / _SETTINGS, settings)
     plan.save(output / "plan.json")
     save_plan_picture(plan, output / "plan.png")
     save_pretrained(compressed, output, model_args=_model_args(options))
@@ -182,6 +210,19 @@ def _check_compression(options: argparse.Namespace) -> None:
             f"{options.model} is uncompressed: give --keep-rate (or --target-gmacs, --target-speedup) and "
             "--prune-rate, or a folder that pm-vit compress wrote"
         )
+
+
+def _check_compressed(options: argparse.Namespace, source: Path, settings: dict[str, object]) -> None:
+    """Refuse what a stopped run has compressed with other settings; without any rate, its own are meant."""
+    if not (source / _SETTINGS).is_file():
+        raise ValueError(f"{source} does not tell what it was compressed with; delete it, or name it with --model")
+    began = json.loads((source / _SETTINGS).read_text(encoding="utf-8"))
+    if all(getattr(options, name) is None for name in _RATES):
+        began, settings = (
+            {name: value for name, value in values.items() if name not in _OF_COMPRESSION}
+            for values in (began, settings)
+        )
+    refuse_other_settings({"settings": began}, {"settings": settings}, source)
 
 
 def _plan(
@@ -249,6 +290,7 @@ def _fit_and_save(
         accelerator=accelerator,
         evaluator=task.evaluator,
         state_dir=options.output / _STATE,
+        settings=_settings(options, _OF_COMPRESSION),
         recovery_interval=options.recovery_interval,
         summary=options.output / "summary.csv",
         name=options.command,
@@ -330,6 +372,19 @@ def _accelerator(options: argparse.Namespace) -> Accelerator:
     precision = {"bfloat16": "bf16", "float16": "fp16"}[options.amp_dtype] if options.amp else "no"
     logs = options.output / "logs" if getattr(options, "log_tensorboard", False) else None
     return make_accelerator(mixed_precision=precision, cpu=options.device == "cpu", tensorboard=logs)
+
+
+def _settings(options: argparse.Namespace, left_out: Collection[str]) -> dict[str, object]:
+    """The options that decide what is computed, but for the recipe and those ``left_out``; paths in full."""
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in _INCIDENTAL and name not in _OF_RECIPE and name not in left_out
+    }
+    for name in {"data_dir", "model", "checkpoint", "teacher"} & given.keys():
+        if given[name] is not None and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
+    return flat_settings(given)
 
 
 def _model_args(options: argparse.Namespace) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .images import check_is_image, entries, is_image, read_image
 from .models import input_size
+from .unwrapping import unwrapped
 from .vision_transformer import PlainModel
 
 SPLIT_NAMES = {
@@ -215,6 +216,26 @@ class SeededImages(Dataset):
             numpy.random.set_state(states[2])
 
 
+def tell_epoch(loader: Iterable, epoch: int) -> None:
+    """Tell the number of the epoch to whatever a loader reads from that has a ``set_epoch``: data sets and samplers.
+
+    However they are nested: which of them a prepared loader tells itself depends on the version of accelerate.
+    """
+    waiting, seen = [loader], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+        waiting += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+        several = getattr(part, "datasets", None)  # torch's ConcatDataset, ChainDataset and StackDataset
+        if isinstance(several, dict):
+            several = several.values()
+        waiting += several if isinstance(several, Collection) else ()
+
+
 def make_loader(
     dataset: Dataset,
     model: PlainModel,
@@ -241,6 +262,7 @@ def make_loader(
         ValueError: the data set has fewer images than a training batch, or none.
     """
     check_size(dataset, batch_size if training else 1)
+    model = unwrapped(model)
     config = resolve_model_data_config(model, {"input_size": input_size(model)})
     seeded = training and not isinstance(dataset, IterableDataset)
     arguments = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .files import atomic_path
 from .models import Model, frozen, input_size
+from .unwrapping import unwrapped
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
 _MOST_BYTES = 2**31 - 2**24  # of one ONNX file
@@ -41,7 +42,8 @@ def export_model(
 
     Args:
         model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on the device that the file is for (ONNX:
-            any). It is left as it was.
+            any), or a wrapper of one (``torch.compile``, DistributedDataParallel, accelerate, ...). It is left as it
+            was.
         path: of the file.
         format: ``"onnx"``, in float32, its token mixes as matrix products, with no scatter and no loop; ``"pt2"``, for
             ``torch.export.load``; ``"aoti"``, compiled for this machine, for ``torch._inductor.aoti_load_package``.
@@ -58,6 +60,7 @@ def export_model(
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, as a batch of 1 would be the only one, got {batch_size}")
+    model = unwrapped(model)
     like = next(model.parameters())
     if format == "onnx":
         _check_onnx(model)

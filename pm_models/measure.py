@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .models import evaluating
+from .unwrapping import unwrapped
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchronize: bool) -> dict[str, list[float]]:
@@ -43,7 +44,11 @@ def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int =
 
 
 def count_gmacs(model: nn.Module, image_size: tuple[int, int, int]) -> float:
-    """Billions of multiply-accumulates of one image (channels, height, width), as torch counts its matrix products."""
+    """Billions of multiply-accumulates of one image (channels, height, width), as torch counts its matrix products.
+
+    A wrapper (``torch.compile``, DistributedDataParallel, accelerate, ...) counts as the model inside.
+    """
+    model = unwrapped(model)
     like = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=like.dtype, device=like.device)
     # With nothing to train, as torch's counter stumbles over a parameter that is a module's input, and attention as two

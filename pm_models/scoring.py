@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attention import fusable_attentions, fuse, fused_attentions
 from .models import Model, compression_of, encoder_of, evaluating, tokens_of
 from .modules import replace_module
+from .unwrapping import unwrapped
 from .vision_transformer import PlainModel, check_vision_transformer
 
 
@@ -33,8 +34,9 @@ def score_tokens(
     Where ``torch.distributed`` is set up, every process scores batches of its own, and all return the sum.
 
     Args:
-        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on any device, compressed or not; it comes back
-            as it was.
+        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on any device, compressed or not, or a wrapper
+            of one (``torch.compile``, DistributedDataParallel, accelerate, ...), which is scored as the model inside;
+            it comes back as it was.
         loader: yields (images (B, 3, H, W), targets).
         batches: how many batches to take from this process's loader, at least 1 in all; a shorter loader is used
             whole, with a warning.
@@ -47,6 +49,7 @@ def score_tokens(
         TypeError: the model is of another class.
         ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
     """
+    model = unwrapped(model)
     encoder = encoder_of(model)
     compression = compression_of(model)
     if compression is None:

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .plan import CompressionPlan
+from .unwrapping import unwrapped
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
 
 DECODERS = ("mask_transformer", "linear")
@@ -129,6 +130,7 @@ class Segmenter(nn.Module):
         decoder_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        encoder = unwrapped(encoder)
         if not isinstance(encoder, Compressed):
             check_vision_transformer(encoder)
         if decoder not in DECODERS:
@@ -221,7 +223,7 @@ class Segmenter(nn.Module):
 
     def with_encoder(self, encoder: PlainModel) -> "Segmenter":
         """The same decoder, not copied, on another encoder of the same width."""
-        model = copy.copy(self)
+        model = copy.copy(unwrapped(self))
         model._modules = self._modules | {"encoder": encoder}
         return model
 

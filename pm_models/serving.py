@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .models import Model, frozen, input_size
+from .unwrapping import unwrapped
 
 
 def warmup(
@@ -18,8 +19,8 @@ def warmup(
     On a GPU every named batch size is replayed as a CUDA graph; another records one when it first comes.
 
     Args:
-        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, compressed or not, on its device; it is put
-            into evaluation mode.
+        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, compressed or not, on its device, or a wrapper
+            of one (``torch.compile``, accelerate, ...); it is put into evaluation mode.
         batch_sizes: numbers of images that will come.
         dtype: of mixed precision (autocast), such as ``torch.bfloat16``; ``None``: the model's own.
 
@@ -31,7 +32,7 @@ def warmup(
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes must be at least one number, each at least 1, got {list(batch_sizes)}")
-    model = frozen(model.eval())
+    model = frozen(unwrapped(model.eval()))
     like = next(model.parameters())
     on_gpu = like.device.type == "cuda"
     single = torch.compile(model, dynamic=False, mode="reduce-overhead" if on_gpu else "default")

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -31,7 +31,9 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .data import tell_epoch
 from .files import write_atomically
+from .run_settings import refuse_other_settings, run_settings
 
 IGNORED = 255  # the label of pixels that are neither trained on nor counted
 
@@ -40,6 +42,7 @@ SCHEDULES = ("cosine", "poly")
 _POLY_POWER = 0.9
 _PROGRESS = "progress.txt"  # a digest, and JSON after it
 _EMA = "ema.safetensors"
+_STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def make_accelerator(
 ) -> Accelerator:
     """accelerate's engine, shuffling by seed and epoch alone, so that a continued run sees the same batches.
 
+    The processes that torchrun or another launcher started form a group, on CPUs too.
+
     Args:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         cpu: stay on the CPU where there is a GPU.
@@ -132,16 +137,28 @@ def make_accelerator(
 
     Raises:
         ImportError: ``tensorboard`` is given, but not installed.
+        ValueError: the launcher started processes that cannot form a group on this device.
     """
     if tensorboard is not None and not is_tensorboard_available():
         raise ImportError("logs for TensorBoard need the package tensorboard: pip install tensorboard")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        cpu=cpu,
+        cpu=cpu or not torch.accelerator.is_available(),  # accelerate groups processes on CPUs only where it is told to
         log_with=None if tensorboard is None else "tensorboard",
         project_dir=tensorboard,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
+    if accelerator.num_processes < launched_processes():
+        raise ValueError(
+            f"{launched_processes()} processes were launched, but form no group on {accelerator.device.type}; run one, "
+            "or give --device cpu (cpu=True)"
+        )
+    return accelerator
+
+
+def launched_processes() -> int:
+    """How many processes torchrun or another launcher of PyTorch's started, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def classification_task(model: nn.Module, *, smoothing: float = 0.0) -> TrainingTask:
@@ -198,7 +215,7 @@ class SegmentationTask(TrainingTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Images and targets (B, H, W); the output is (B * H * W, classes)."""
         found = self.trainable_module(input)
-        loss, logits = segmentation_loss(found, target), _by_pixel(found)
+        loss, logits = segmentation_loss(found, target, shared=self.training), _by_pixel(found)
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = (_by_pixel(self.teacher(input)) / self.temperature).log_softmax(dim=1)
@@ -208,10 +225,17 @@ class SegmentationTask(TrainingTask):
         return {"loss": loss, "output": logits}
 
 
-def segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, classes, H, W), the mean over the labelled of targets (B, H, W); 0 without any."""
-    labelled = (targets != IGNORED).sum().clamp_min(1)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") / labelled
+def segmentation_loss(logits: Tensor, targets: Tensor, *, shared: bool = False) -> Tensor:
+    """Cross-entropy of logits (B, classes, H, W), the mean over the labelled of targets (B, H, W); 0 without any.
+
+    ``shared``: over the labelled of all processes' targets, so that the mean of their losses is the loss of all images.
+    """
+    labelled, processes = (targets != IGNORED).sum(), 1
+    if shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(labelled)
+        processes = torch.distributed.get_world_size()
+    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total * processes / labelled.clamp_min(1)
 
 
 def _by_pixel(logits: Tensor) -> Tensor:
@@ -227,12 +251,17 @@ def fit(
     *,
     accelerator: Accelerator,
     state_dir: str | os.PathLike | None = None,
+    settings: Mapping[str, object] | None = None,
     evaluator: Evaluator | None = None,
     recovery_interval: int = 0,
     summary: str | os.PathLike | None = None,
     name: str = "train",
 ) -> list[EpochResult]:
     """Train the task's model in place, evaluating after every epoch, with progress bars.
+
+    Several processes do what one does with as many images a step, up to rounding: they share out its shuffles, its
+    augmentation (:class:`~pm_models.data.SeededImages`), and how much mixup and cutmix mix. Which images these pair,
+    each process its own, and what random depth and dropout leave out, are other draws.
 
     Args:
         task: from :func:`classification_task`, :func:`distillation_task` or a :class:`SegmentationTask`.
@@ -243,6 +272,9 @@ def fit(
         state_dir: where the whole state is kept after every epoch, replaced as one, and the state before it as
             ``<state_dir>.old``; a state found there is continued from, the older one with a warning where the newer
             one is damaged. ``None`` keeps none.
+        settings: what else decides the run, by name, as plain values: where its images are, how they are augmented. It
+            is kept with the state, which is continued with the same alone: the same settings, recipe, model, losses,
+            teacher, images in a batch, precision and number of processes.
         evaluator: called after every epoch with the model, ``eval_loader`` and ``accelerator=``; gives the fields of
             :class:`EpochResult` that it measures. ``None``: :func:`evaluate`.
         recovery_interval: also keep the state after every so many steps of the optimiser within an epoch; 0 does not.
@@ -253,7 +285,7 @@ def fit(
         One result per epoch, those before a continuation included.
 
     Raises:
-        ValueError: ``train_loader`` is empty, or the state was made by another recipe.
+        ValueError: ``train_loader`` is empty, or the state is of a run with other settings, which are named.
         OSError: a state or the summary cannot be written; the state before it is still whole.
         FloatingPointError: the loss is no longer finite.
     """
@@ -262,6 +294,9 @@ def fit(
     set_seed(recipe.seed)
     accelerator.free_memory()  # what an earlier run prepared is not part of this run's state
     student = task.trainable_module
+    began = {}
+    if state_dir is not None:
+        began = run_settings(asdict(recipe), settings or {}, task, train_loader, accelerator)
     mix = _mix(recipe, student)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and recipe.model_ema_decay is not None:
@@ -290,19 +325,20 @@ def fit(
         updates_per_epoch=updates,
         step_on_epochs=False,
     )
-    progress = _load_state(accelerator, state_dir, recipe, task)
+    progress = _load_state(accelerator, state_dir, began, task)
     if accelerator.log_with:
         accelerator.init_trackers("")
     results = progress.results
     for epoch in range(len(results), recipe.epochs):
-        train_loader.set_epoch(epoch)
         label = f"{name} {epoch + 1}/{recipe.epochs}"
         task.train()
         loss, top1, speed = progress.loss, progress.top1, 0.0
         done, before = progress.steps, loss.count
         start = time.perf_counter()
+        # Some samplers draw from the generators that all share: in every process alike, and in a continued run again.
+        set_seed(recipe.seed + epoch)
         batches = skip_first_batches(train_loader, done) if done else train_loader
-        batches.set_epoch(epoch)
+        tell_epoch(batches, epoch)
         bar = tqdm(
             batches, label, total=steps, initial=done, leave=False, disable=not accelerator.is_local_main_process
         )
@@ -318,7 +354,7 @@ def fit(
                     raise ValueError(
                         f"mixup and cutmix pair a batch's images: expected an even number, got {len(images)}"
                     )
-                numpy.random.seed(seed)
+                numpy.random.seed(_step_seed(recipe.seed, epoch * steps + step, 0))  # in all processes alike
                 images, wanted = mix(images, targets)
             ends_group = (step + 1) % group == 0 or step + 1 == steps
             with contextlib.nullcontext() if ends_group else accelerator.no_sync(model):
@@ -333,8 +369,8 @@ def fit(
                 # The batches of this step of the optimiser, of which the last of an epoch may have fewer.
                 accelerator.backward(result["loss"] / min(group, steps - step // group * group))
             loss.update(loss_value, len(images))
-            correct = _accuracy(result["output"].detach(), targets)
-            top1.update(accelerator.reduce(correct, "mean").item(), len(images))
+            hits, counted = accelerator.reduce(_hits(result["output"].detach(), targets), "sum").tolist()
+            top1.update(100 * hits / max(counted, 1), len(images))
             speed = (loss.count - before) * accelerator.num_processes / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.avg:.3f}, accuracy {top1.avg:.1f}%, {speed:.0f} images/s")
             if not ends_group:
@@ -345,7 +381,7 @@ def fit(
             optimizer.zero_grad()
             task.update_ema(update + 1)
             if recovery_interval and (step // group + 1) % recovery_interval == 0 and step + 1 < steps:
-                _save_state(accelerator, state_dir, recipe, task, _Progress(results, step + 1, loss, top1))
+                _save_state(accelerator, state_dir, began, task, _Progress(results, step + 1, loss, top1))
         bar.close()
         measured = (evaluator or evaluate)(
             task.trainable_module_ema.module if task.has_ema() else model, eval_loader, accelerator=accelerator
@@ -363,7 +399,7 @@ def fit(
         logged = {name: value for name, value in asdict(results[-1]).items() if value is not None and name != "epoch"}
         accelerator.log(logged, step=epoch + 1)
         progress = _Progress(results)
-        _save_state(accelerator, state_dir, recipe, task, progress)
+        _save_state(accelerator, state_dir, began, task, progress)
     if summary is not None and accelerator.is_main_process:  # a run that was stopped before its last line, too
         write_atomically(summary, _summary(results).encode())
     accelerator.wait_for_everyone()
@@ -411,14 +447,11 @@ def evaluate(
     return {"loss": loss.avg, "top1": top1.avg, "top5": top5.avg, "images": loss.count}
 
 
-def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Percent of the targets that the logits (targets, classes) name; in segmentation, of those with a label."""
-    if targets.dim() > 1:
-        targets = targets.flatten()
-        labelled = targets != IGNORED
-        hits = (logits.argmax(dim=1) == targets) & labelled
-        return 100 * hits.sum() / labelled.sum().clamp_min(1)
-    return accuracy(logits, targets)[0]
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many targets the logits (targets, classes) name, and how many there are; in segmentation, with a label."""
+    counted = targets != IGNORED if targets.dim() > 1 else torch.ones_like(targets, dtype=torch.bool)
+    hits = (logits.argmax(dim=1) == targets.flatten()) & counted.flatten()
+    return torch.stack([hits.sum(), counted.sum()])
 
 
 def _mix(recipe: Recipe, model: nn.Module) -> Mixup | None:
@@ -484,7 +517,7 @@ def _step_seed(seed: int, step: int, process: int) -> int:
 def _save_state(
     accelerator: Accelerator,
     state_dir: str | os.PathLike | None,
-    recipe: Recipe,
+    began: dict[str, dict],
     task: TrainingTask,
     progress: _Progress,
 ) -> None:
@@ -502,7 +535,7 @@ def _save_state(
             save_model(task.trainable_module_ema.module, str(new / _EMA))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            values = {"recipe": asdict(recipe), "files": _digests(new), **progress.to_dict()}
+            values = {"format": _STATE_FORMAT, "began": began, "files": _digests(new), **progress.to_dict()}
             content = json.dumps(values, indent=2).encode()
             write_atomically(new / _PROGRESS, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
     except (OSError, SafetensorError, RuntimeError) as error:  # where the disk is full, torch says RuntimeError
@@ -517,12 +550,12 @@ def _save_state(
 
 
 def _load_state(
-    accelerator: Accelerator, state_dir: str | os.PathLike | None, recipe: Recipe, task: TrainingTask
+    accelerator: Accelerator, state_dir: str | os.PathLike | None, began: dict[str, dict], task: TrainingTask
 ) -> _Progress:
     """Load the newest whole state; a run that begins where there is none.
 
     Raises:
-        ValueError: the state was made by another recipe, or every state there is is damaged.
+        ValueError: the state is of a run with other settings, of another version, or every state there is is damaged.
     """
     if state_dir is None:
         return _Progress([])
@@ -535,21 +568,24 @@ def _load_state(
         if content is None:
             damaged.append(folder)
             continue
-        if content["recipe"] != asdict(recipe):
-            different = [name for name, value in asdict(recipe).items() if content["recipe"].get(name) != value]
-            began = ", ".join(f"{name}={content['recipe'].get(name)}" for name in different)
+        if content.get("format") != _STATE_FORMAT:
             raise ValueError(
-                f"{state} holds an unfinished run that began with {began}; continue it with that, or choose another "
-                "output folder"
+                f"{state} holds an unfinished run of another version of pm-vit; finish it with that version, or delete "
+                "it to start anew"
             )
+        refuse_other_settings(content["began"], began, state)
         if damaged:
             warnings.warn(f"{damaged[0]} is damaged; continuing from {folder}, the state before it", stacklevel=3)
-        accelerator.load_state(str(folder))
-        if task.has_ema():
-            load_model(task.trainable_module_ema.module, folder / _EMA)
+        try:
+            accelerator.load_state(str(folder))
+            if task.has_ema():
+                load_model(task.trainable_module_ema.module, folder / _EMA)
+        except Exception as error:  # torch, accelerate and pickle raise a dozen kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder} cannot be continued from ({reason}); delete it to start anew") from error
         progress = _Progress.from_dict(content)
         where = f"epoch {len(progress.results)}" + (f" and {progress.steps} steps" if progress.steps else "")
-        accelerator.print(f"continuing after {where} of {recipe.epochs}, from {folder}")
+        accelerator.print(f"continuing after {where} of {began['recipe']['epochs']}, from {folder}")
         return progress
     if damaged:
         raise ValueError(

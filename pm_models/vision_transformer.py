@@ -25,6 +25,7 @@ from .plan import CompressionPlan
 from .reductions.folding import Transition
 from .reductions.matrices import StageMatrices
 from .reductions.static import EXECUTIONS, Maps, StaticReduction
+from .unwrapping import unwrapped
 
 PlainModel = VisionTransformer | Eva  # the classes that can be compressed, their subclass for distillation too
 
@@ -108,10 +109,8 @@ class Compressed(nn.Module):
 
     def uncompressed(self) -> PlainModel:
         """A plain timm model with a copy of the same weights, without the plan and its matrices."""
-        plain = as_class(copy.deepcopy(self), self.plain_class)
+        plain = as_class(copy.deepcopy(unwrapped(self)), self.plain_class)
         del plain.compression, plain.stages
-        for name in ("forward", "_original_forward"):  # where accelerate wrapped it, it is the compressed model's
-            vars(plain).pop(name, None)
         # Where timm made it under a name of ours, it recorded the options of compression too.
         recorded = getattr(plain, "_model_args", {})
         plain._model_args = {name: value for name, value in recorded.items() if name not in OPTIONS}
@@ -306,7 +305,8 @@ def compress(
     """Compress a timm Vision Transformer by a plan (arXiv 2503.23455, section 3).
 
     Args:
-        model: a timm VisionTransformer, VisionTransformerDistilled or Eva; it is left as it was.
+        model: a timm VisionTransformer, VisionTransformerDistilled or Eva, or a wrapper of one (``torch.compile``,
+            DistributedDataParallel, accelerate, ...); it is left as it was.
         plan: made for the model's grid, depth and prefix tokens.
         train_matrices: which entries of the merge and reconstruct matrices train: ``"support"``, the plan's nonzeros;
             ``"dense"``, all; ``None``, none.
@@ -327,6 +327,7 @@ def compress(
         TypeError: the model is of another class.
         ValueError: the model has a part that cannot be compressed, or the plan was made for another model.
     """
+    model = unwrapped(model)
     compression = Compression(plan, train_matrices, size_bias, merge_site, shortcut)
     _check_model(model, size_bias)
     _check_plan(model, plan)

@@ -13,6 +13,7 @@ from helpers import small_vit
 from PIL import Image
 
 from pm_models import CompressionPlan, Segmenter, load_pretrained, save_pretrained
+from pm_models.cli import main
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch lacks torch.distributed")
 SCRIPT = """
@@ -24,7 +25,7 @@ from helpers import plan_for, small_vit
 from pm_models import CompressionPlan, compress, score_tokens
 from pm_models.training import Recipe, classification_task, distillation_task, fit, make_accelerator
 
-accelerator = make_accelerator(cpu=True)
+accelerator = make_accelerator()
 torch.manual_seed(0)
 model = small_vit(depth=3)
 images, targets = torch.randn(24, 3, 28, 20), torch.randint(0, 7, (24,))
@@ -54,6 +55,110 @@ if accelerator.is_main_process:
         json.dump(report, file)
 accelerator.end_training()
 """
+
+
+AUGMENTED = """
+import functools, pathlib, sys
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
+sys.path[:0] = {paths!r}
+from helpers import small_vit
+from pm_models import Segmenter
+from pm_models.data import make_loader, open_dataset
+from pm_models.segmentation import SegmentationImages, evaluate_segmentation, make_training_loader
+from pm_models.training import Recipe, SegmentationTask, classification_task, fit, make_accelerator
+
+accelerator = make_accelerator()
+batch, folder = 8 // accelerator.num_processes, pathlib.Path(sys.argv[1])
+load = functools.partial(DataLoader, batch_size=batch, drop_last=True)
+
+
+class Batches:
+    # A batch sampler of the user's own, whose order is the epoch's.
+    batch_size, drop_last, epoch = batch, True, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 16 // batch
+
+    def __iter__(self):
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter([order[start : start + batch] for start in range(0, 16, batch)])
+
+
+def vit(**arguments):
+    torch.manual_seed(0)
+    return small_vit(img_size=32, patch_size=8, depth=1, **arguments)
+
+
+def loader(kind, model, workers):
+    if kind == "segmentation":
+        images = SegmentationImages(folder / "maps", "train", num_classes=3)
+        return make_training_loader(images, model, batch_size=batch, workers=workers)
+    images = open_dataset(folder / "classes", "train")
+    made = make_loader(images, model, batch_size=batch, workers=workers, training=True)
+    images = made.dataset
+    return {{
+        "classes": lambda: made,
+        "Subset": lambda: load(Subset(images, range(18)), shuffle=True, num_workers=workers),
+        "ConcatDataset": lambda: load(ConcatDataset([Subset(images, range(9)), images]), shuffle=True),
+        "weighted sampler": lambda: load(images, sampler=WeightedRandomSampler(torch.arange(20) + 1.0, 20)),
+        "batch sampler": lambda: DataLoader(images, batch_sampler=Batches()),
+    }}[kind]()
+
+
+class Stopped(Exception):
+    pass
+
+
+def train(kind, workers=0, stop=None, **mix):
+    if kind == "segmentation":
+        model = Segmenter(vit(num_classes=0), 3, decoder="linear")
+        task, evaluator = SegmentationTask(model), lambda *_, **__: {{"top1": 0.0}}
+    else:
+        model = vit(num_classes=2)
+        task, evaluator = classification_task(model), lambda *_, **__: {{"top1": 0.0}}
+    steps, seen, shares, recipe = 0, [], [], Recipe(epochs=3, lr=1e-3, opt="sgd", **mix)
+
+    def keep(_, inputs):
+        nonlocal steps
+        if steps == stop:
+            raise Stopped
+        steps += 1
+        seen.append(accelerator.gather(inputs[0]).flatten(1).sum(1).sort().values)
+        shares.append(accelerator.gather(inputs[1]).unique().tolist())
+
+    hook = task.register_forward_pre_hook(keep)
+    state = folder / f"state-{{accelerator.num_processes}}-{{kind}}" if stop else None
+    options = dict(accelerator=accelerator, evaluator=evaluator, state_dir=state, recovery_interval=1)
+    try:
+        results = fit(task, loader(kind, model, workers), None, recipe, **options)
+    except Stopped:
+        stop, steps = None, 0
+        hook.remove()
+        model.load_state_dict({{name: torch.zeros_like(value) for name, value in model.state_dict().items()}})
+        task.trainable_module = model
+        results = fit(task, loader(kind, model, workers), None, recipe, **options)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return {{
+        "images": torch.stack(seen),
+        "shares": torch.tensor([max(0, *(share for share in step if share < 1)) for step in shares]),
+        "weights": weights,
+        "losses": torch.tensor([[result.train_loss, result.train_top1] for result in results]),
+    }}
+
+
+report = {{kind: train(kind) for kind in {kinds!r}}}
+report |= {{f"{{kind}}, workers": train(kind, workers=1) for kind in ("classes", "segmentation", "Subset")}}
+report |= {{f"{{kind}}, continued": train(kind, stop=3) for kind in {kinds!r}}}
+report["mixed"] = train("classes", mixup=0.8, cutmix=1.0)
+if accelerator.is_main_process:
+    torch.save(report, sys.argv[2])
+accelerator.end_training()
+"""
+KINDS = ["classes", "segmentation", "Subset", "ConcatDataset", "weighted sampler", "batch sampler"]
 
 
 SHARDED = """
@@ -91,14 +196,18 @@ torch.distributed.destroy_process_group()  # whose threads must not outlive the 
 """
 
 
-def run(processes, *command):
-    """A command under torchrun, on CPUs."""
+def launch(processes, *command):
+    """A command under torchrun, where there is no GPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
         launcher + [str(part) for part in command], env=environment, capture_output=True, text=True, check=False,
         timeout=600,
     )  # fmt: skip
+
+
+def run(processes, *command):
+    done = launch(processes, *command)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -121,12 +230,96 @@ def test_two_processes_do_what_one_does(tmp_path):
     torch.testing.assert_close(torch.tensor(two["weights"]), torch.tensor(one["weights"]), rtol=1e-4, atol=1e-6)
 
 
+CONTINUED = """
+import sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+sys.path[:0] = {paths!r}
+from helpers import small_vit
+from pm_models.training import Recipe, classification_task, fit, make_accelerator
+
+accelerator = make_accelerator()
+torch.manual_seed(0)
+loader = DataLoader(TensorDataset(torch.randn(8, 3, 28, 20), torch.randint(0, 7, (8,))), 2)
+task, recipe = classification_task(small_vit(depth=1)), Recipe(epochs=1, lr=1e-3)
+try:
+    fit(task, loader, loader, recipe, accelerator=accelerator, state_dir=sys.argv[1])
+except ValueError as error:
+    print("refused:", error)
+accelerator.end_training()
+"""
+
+
+def test_another_number_of_processes_does_not_continue(tmp_path):
+    script, root = tmp_path / "script.py", Path(__file__).parents[2]
+    script.write_text(CONTINUED.format(paths=[str(root / "tests"), str(root)]))
+    assert "refused" not in run(2, script, tmp_path / "state")
+    assert "continuing after epoch 1 of 1" in run(2, script, tmp_path / "state")
+    (line,) = run(1, script, tmp_path / "state").splitlines()
+    assert line.startswith("refused: ")
+    assert line.endswith("(processes 2 -> 1)")
+
+
 def test_weights_shared_out_between_processes(tmp_path):
     """Under FSDP: the same gradients, and after a step the same outputs, as one process with all weights."""
     script = tmp_path / "script.py"
     root = Path(__file__).parents[2]
     script.write_text(SHARDED.format(paths=[str(root / "tests"), str(root)]))
     run(2, script)
+
+
+@pytest.fixture(scope="module")
+def augmented(tmp_path_factory):
+    """What one process and two have trained on over three epochs of augmented images, and what came of it."""
+    folder = tmp_path_factory.mktemp("augmented")
+    torch.manual_seed(0)
+    for index in range(20):
+        pixels, labels = torch.randint(0, 256, (40, 36, 3)), torch.randint(0, 4, (40, 36))
+        labels[: index + 1][labels[: index + 1] == 3] = 255
+        for name, values in (
+            (f"classes/train/{'cat' if index % 2 else 'dog'}/{index}.png", pixels),
+            (f"maps/images/train/{index}.png", pixels),
+            (f"maps/labels/train/{index}.png", labels.where(labels != 3, 0)),
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.byte().numpy()).save(folder / name)
+    script, root = folder / "script.py", Path(__file__).parents[2]
+    script.write_text(AUGMENTED.format(paths=[str(root / "tests"), str(root)], kinds=KINDS))
+    for processes in (1, 2):
+        run(processes, script, folder, folder / f"{processes}.pt")
+    return [torch.load(folder / f"{processes}.pt") for processes in (1, 2)]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(f"{kind}, workers" for kind in KINDS[:3])])
+def test_augmented_training_is_that_of_one_process(augmented, kind):
+    """Steps of 4 + 4 images are those of 8, in every epoch, and every epoch has images of its own."""
+    one, two = (report[kind] for report in augmented)
+    torch.testing.assert_close(two["images"], one["images"], rtol=1e-4, atol=1e-4)
+    first, second, third = one["images"].flatten().chunk(3)
+    assert not set(first.tolist()) & set(second.tolist())
+    assert not set(second.tolist()) & set(third.tolist())
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=1e-4)
+    for report in augmented:
+        plain = report[kind.removesuffix(", workers")]
+        assert all(torch.equal(report[kind][name], plain[name]) for name in plain)
+
+
+def test_mixed_images_are_mixed_as_much_as_in_one_process(augmented):
+    """In a step all images have the same share of another, which targets tell where the two are of two classes."""
+    one, two = (report["mixed"]["shares"] for report in augmented)
+    told = (one > 0) & (two > 0)
+    assert told.sum() >= 5
+    torch.testing.assert_close(two[told], one[told])
+    assert len(one[told].unique()) == told.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_augmented_training_continues_within_an_epoch(augmented, kind):
+    for report in augmented:
+        continued = report[f"{kind}, continued"]
+        assert torch.equal(continued["weights"], report[kind]["weights"])
+        assert torch.equal(continued["losses"], report[kind]["losses"])
 
 
 def test_the_command_line_on_two_processes(tmp_path):
@@ -138,7 +331,7 @@ def test_the_command_line_on_two_processes(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{index}.png")
-    common = ["-j", "0", "-b", "2", "--device", "cpu"]
+    common = ["-j", "0", "-b", "2"]
     for processes in (1, 2):
         run(
             processes, "-m", "pm_models", "compress", tmp_path / "data", "--model", tmp_path / "dense", *common,
@@ -157,6 +350,32 @@ def test_the_command_line_on_two_processes(tmp_path):
     assert "on 16 images" in out
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "--model", "{}", "--format", "pt2", "--output", "{}/out"],
+        ["show", "{}/plan.json", "--output", "{}/out"],
+        ["bench", "vit_tiny_patch16_224", "--output", "{}/out"],
+        ["demo", "--output", "{}/out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_other_commands_refuse_several_processes(capsys, monkeypatch, tmp_path, command):
+    """The launcher tells its processes by variables: one of them, with torchrun's."""
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([part.format(tmp_path) for part in command]) == 2
+    assert capsys.readouterr().err == f"pm-vit {command[0]}: error: runs in one process, got 3 from the launcher\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_refuses_several_processes_ends_the_launch(tmp_path):
+    done = launch(2, "-m", "pm_models", "demo", "--output", tmp_path / "out")
+    assert done.returncode != 0
+    assert "pm-vit demo: error: runs in one process, got 2 from the launcher" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_segmentation_on_two_processes(tmp_path):
     """The same plan and the same measures as one process, for images that two cannot share alike; each counts once."""
     model = Segmenter(small_vit(img_size=32, patch_size=8, depth=2, num_classes=0), 3, decoder_depth=1)
@@ -167,7 +386,7 @@ def test_segmentation_on_two_processes(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             content = torch.randint(0, 3 if kind == "labels" else 256, shape, dtype=torch.uint8)
             Image.fromarray(content.numpy()).save(folder / f"{index}.png")
-    common = [tmp_path / "data", "--task", "segmentation", "-j", "0", "-b", "1", "--device", "cpu"]
+    common = [tmp_path / "data", "--task", "segmentation", "-j", "0", "-b", "1"]
     for processes in (1, 2):
         run(
             processes, "-m", "pm_models", "compress", *common, "--model", tmp_path / "dense", "--keep-rate", "0.5",

@@ -305,6 +305,14 @@ def test_a_state_of_another_recipe_is_refused(accelerator, tmp_path):
         )
 
 
+def test_launched_processes_without_a_group_are_refused(monkeypatch):
+    make_accelerator(cpu=True)  # a group is formed, or none is, when the first is made
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^2 processes were launched, but form no group on cpu; run one, or give"):
+        make_accelerator(cpu=True)
+
+
 def test_evaluation_counts_every_image_once(accelerator):
     model = small_vit()
     images, targets = images_for(model, 23), torch.randint(0, 7, (23,))
