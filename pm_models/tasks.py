@@ -29,12 +29,12 @@ from .plan import CompressionPlan
 from .segmentation import (
     SegmentationImages,
     evaluate_segmentation,
+    labelled_samples,
     make_evaluation_loader,
     make_scoring_loader,
     make_training_loader,
     predicted_classes,
 )
-from .segmentation import sample_images as sample_labelled_images
 from .segmenter import Segmenter
 from .training import (
     Evaluator,
@@ -324,14 +324,14 @@ class Segmentation(Task):
         )
 
     def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[np.ndarray]:
-        found = sample_labelled_images(dataset, model, count, **self._normalisation())
+        found = labelled_samples(dataset, model, count, **self._normalisation())
         height, width = model.image_size
         return [sample.picture[:height, :width] for sample in found]
 
     def save_predictions(
         self, dataset: SegmentationImages, models: Mapping[str, Segmenter], count: int, path: Path
     ) -> None:
-        found = sample_labelled_images(dataset, next(iter(models.values())), count, **self._normalisation())
+        found = labelled_samples(dataset, next(iter(models.values())), count, **self._normalisation())
         maps = {"labels": [sample.labels for sample in found]}
         for name, model in models.items():
             maps[name] = [predicted_classes(model, sample.image, sample.labels.shape) for sample in found]

@@ -89,7 +89,9 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
     renamed = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
     try:
         weights = (eva.checkpoint_filter_fn if isinstance(model, eva.Eva) else renamed)(weights, model)
-        _adapt_channels(model, weights)
+        patches, in_chans = "patch_embed.proj.weight", model.patch_embed.proj.in_channels
+        if patches in weights and weights[patches].shape[1] != in_chans:  # as timm does with pretrained weights
+            weights[patches] = adapt_input_conv(in_chans, weights[patches], base_chans=weights[patches].shape[1])
         classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     except Exception as error:  # of names and shapes that timm did not expect, of whatever kind
         raise ValueError(f"{refusal}: {_about_positions(model, weights, error)}") from error
@@ -259,13 +261,6 @@ def _of_encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if first in weights or len(prefixes) != 1 or prefixes[0].startswith("visual."):
         return weights
     return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
-
-
-def _adapt_channels(model: PlainModel, weights: dict[str, Tensor]) -> None:
-    """The first layer for as many channels as the model's images have, as timm makes it of pretrained weights."""
-    name, wanted = "patch_embed.proj.weight", model.patch_embed.proj.in_channels
-    if name in weights and weights[name].shape[1] != wanted:
-        weights[name] = adapt_input_conv(wanted, weights[name], base_chans=weights[name].shape[1])
 
 
 def _with_own_head(model: PlainModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
