@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pm_models.data import input_size
+from pm_models.models import input_size
 
 from . import comparison
 from .memory import activation_bytes

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from pm_models import Segmenter
-from pm_models.data import input_size
 from pm_models.measure import count_gmacs
+from pm_models.models import input_size
 
 Model = VisionTransformer | Segmenter
 

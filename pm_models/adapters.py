@@ -1,19 +1,17 @@
 """Vision Transformers of other libraries as timm's, with the same weights: torchvision's and Hugging Face's."""
 
-import itertools
 import re
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from .segmenter import set_norm_eps
+from .models import input_size, set_norm_eps
 from .unwrapping import unwrapped
 from .vision_transformer import PlainModel
-from .weights import cause, differences
+from .weights import arguments_of, load_weights, mlp_ratio, refusing
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -23,8 +21,9 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Names of weights elsewhere, as patterns, and timm's. Hugging Face renamed some with version 5.
-_TORCHVISION_NAMES = (
+# Names of weights elsewhere, as patterns, and timm's.
+_NAMES = (
+    # torchvision
     (r"^class_token$", "cls_token"),
     (r"^encoder\.pos_embedding$", "pos_embed"),
     (r"^conv_proj\.", "patch_embed.proj."),
@@ -35,8 +34,7 @@ _TORCHVISION_NAMES = (
     (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
     (r"^encoder\.ln\.", "norm."),
-)
-_TRANSFORMERS_NAMES = (
+    # Hugging Face, which renamed some with version 5
     (r"^(vit|deit|dinov2|dinov2_with_registers|vision_model)\.", ""),
     (r"^head\.probe$", "attn_pool.latent"),
     (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
@@ -59,7 +57,7 @@ _TRANSFORMERS_NAMES = (
     (r"^pre_layrnorm\.", "norm_pre."),
     (r"^(layernorm|post_layernorm)\.", "norm."),
 )
-# What timm's forward has no use for, and the heads, which are read as modules.
+# Weights that timm's forward does not use, and those of heads, which are read as modules.
 _LEFT_OUT = re.compile(
     r"^(pooler|text_model|text_projection|decoder|rope_embeddings|heads|classifier|\w+_classifier|visual_projection)\.|^logit_"
     r"|^embeddings\.(mask_token|position_ids)$"
@@ -72,14 +70,9 @@ _HEADS = {  # attributes of the models, and timm's names
     "visual_projection": "head",
 }
 
-
-class _Description(NamedTuple):
-    name: str  # of timm's
-    arguments: dict[str, object]
-    weights: dict[str, Tensor]
-    norm_eps: float
-    # What the given model makes of images: its normalised tokens, and what timm's forward gives; None: not compared.
-    outputs: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+_LIBRARIES = ("transformers", "torchvision")
+Weights = dict[str, Tensor]
+Conversion = tuple[str, dict[str, object]]  # the name of a timm model, and arguments that its weights do not tell
 
 
 def to_timm(model: nn.Module) -> PlainModel:
@@ -107,33 +100,29 @@ def to_timm(model: nn.Module) -> PlainModel:
     model = unwrapped(model)
     if hasattr(model, "merge_and_unload") or any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("model has adapters that are not merged: merge them first, by peft's model.merge_and_unload()")
-    kinds = {kind.__name__: kind.__module__.partition(".")[0] for kind in type(model).__mro__}
-    if {"Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"} & kinds.keys():
+    classes = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.partition(".")[0] in _LIBRARIES}
+    if {"Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"} & classes:
         raise ValueError(
             "model's classifier reads more than its class token, the mean of its patches too, and timm has no such "
             f"pooling: give its backbone, model.{model.base_model_prefix}, and train a new head"
         )
-    kind = next((name for name in _TRANSFORMERS if kinds.get(name) == "transformers"), None)
-    if kind is None and kinds.get("VisionTransformer") != "torchvision":
+    convert, outputs = next((_MODELS[name] for name in _MODELS if name in classes), (None, None))
+    if convert is None:
         raise TypeError(
             "model must be torchvision's VisionTransformer, or Hugging Face's ViT, DeiT, ViT-MAE, ViT-MSN, DINOv2, "
             f"DINOv3, CLIP or SigLIP, as it is or with a classifier, got {type(model).__name__}"
         )
     _check_weights(model)
-    found = _describe_torchvision(model) if kind is None else _describe_transformers(model, kind)
-    converted = timm.create_model(found.name, **found.arguments).eval()
-    set_norm_eps(converted, found.norm_eps)
+    config, weights = _config(model), _renamed(model)
+    name, arguments = convert(config, weights)
+    _pack_projections(weights)
+    sizes = {"img_size": config.image_size, "num_heads": config.num_attention_heads}
+    converted = timm.create_model(name, **arguments_of(weights) | sizes | arguments).eval()
+    set_norm_eps(converted, config.layer_norm_eps)
     absent = {name: torch.zeros_like(value) for name, value in converted.state_dict().items() if name.endswith("bias")}
-    weights = absent | found.weights
-    try:
-        converted.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{type(model).__name__} has other parts than timm's {found.name}: "
-            f"{differences(converted, weights) or cause(error)}"
-        ) from error
+    load_weights(converted, absent | weights, f"{type(model).__name__}, as timm's {name},")
     converted.to(next(model.parameters()))
-    _check_same(model, converted, found)
+    _check_same(model, converted, outputs)
     return converted
 
 
@@ -159,139 +148,106 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _describe_torchvision(model: nn.Module) -> _Description:
+def _config(model: nn.Module) -> object:
+    """The configuration of a model of transformers, or of its images' part; torchvision's as it would say it."""
+    if hasattr(model, "config"):
+        return getattr(model.config, "vision_config", model.config)
     if not isinstance(model.conv_proj, nn.Conv2d):
         raise ValueError("model has more than one convolution before its blocks (conv_stem_configs), timm's has one")
-    weights = _renamed(model, _TORCHVISION_NAMES)
     block = model.encoder.layers[0]
-    arguments = {
-        "img_size": model.image_size,
-        "patch_size": model.patch_size,
-        "in_chans": model.conv_proj.in_channels,
-        "num_classes": _classes(weights),
-        "embed_dim": model.hidden_dim,
-        "depth": len(model.encoder.layers),
-        "num_heads": block.num_heads,
-        "mlp_ratio": _ratio(model.mlp_dim, model.hidden_dim),
-    }
-    return _Description(
-        "vit_base_patch16_224", arguments, weights, block.ln_1.eps, lambda images: (None, model(images))
+    return SimpleNamespace(
+        image_size=model.image_size,
+        num_attention_heads=block.num_heads,
+        layer_norm_eps=block.ln_1.eps,
+        hidden_act="gelu",
     )
 
 
-def _describe_transformers(model: nn.Module, kind: str) -> _Description:
-    family, outputs = _TRANSFORMERS[kind]
-    config = getattr(model.config, "vision_config", model.config)
-    weights = _renamed(model, _TRANSFORMERS_NAMES)
-    width = config.hidden_size
-    arguments = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.num_channels,
-        "num_classes": _classes(weights),
-        "embed_dim": width,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-    }
-    name = family(config, weights, arguments)
-    _pack_projections(weights, config.num_hidden_layers)
-    hidden = len(weights["blocks.0.mlp.fc1.weight"]) // (2 if arguments.get("swiglu_mlp") else 1)
-    arguments["mlp_ratio"] = _ratio(hidden, width)
-    return _Description(name, arguments, weights, config.layer_norm_eps, partial(outputs, model))
+# What a family of models is in timm. Weights, by timm's names, change in place.
 
 
-# What a family of Hugging Face's is in timm: from its configuration to timm's name; weights and arguments in place.
-
-
-def _vit(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
+def _vit(config: object, weights: Weights, name: str = "vit_base_patch16_224") -> Conversion:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(f"model has hidden_act {config.hidden_act!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    arguments["act_layer"] = _ACTIVATIONS[config.hidden_act]
-    arguments["qkv_bias"] = getattr(config, "qkv_bias", True)
-    return "vit_base_patch16_224"
+    return name, {"act_layer": _ACTIVATIONS[config.hidden_act]}
 
 
-def _deit(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
-    _vit(config, weights, arguments)
+def _deit(config: object, weights: Weights) -> Conversion:
     if "head.weight" in weights and "head_dist.weight" not in weights:
         # timm averages the heads of both tokens, and here only the class token has one.
         for kind in ("weight", "bias"):
             weights[f"head.{kind}"] = 2 * weights[f"head.{kind}"]
             weights[f"head_dist.{kind}"] = torch.zeros_like(weights[f"head.{kind}"])
-    return "deit_base_distilled_patch16_224"
+    return _vit(config, weights, "deit_base_distilled_patch16_224")
 
 
-def _dinov2(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
-    _vit(config, weights, arguments)
+def _dinov2(config: object, weights: Weights) -> Conversion:
+    name, arguments = _vit(config, weights, "vit_base_patch14_dinov2")
     if config.use_swiglu_ffn:
-        del arguments["act_layer"]
-    size, registers = ("giant" if config.use_swiglu_ffn else "base"), ""
+        name, arguments = "vit_giant_patch14_dinov2", {}
     if "reg_token" in weights:
-        registers = "_reg4"
+        name = name.replace("_dinov2", "_reg4_dinov2")
         arguments["reg_tokens"] = weights["reg_token"].shape[1]
         # timm adds the class token's position to the class token itself.
         position, weights["pos_embed"] = weights["pos_embed"][:, :1], weights["pos_embed"][:, 1:]
         weights["cls_token"] = weights["cls_token"] + position
-    return f"vit_{size}_patch14{registers}_dinov2"
+    return name, arguments
 
 
-def _dinov3(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
-    activation = "silu" if config.use_gated_mlp else "gelu"  # the ones that timm's Eva has
+def _dinov3(config: object, weights: Weights) -> Conversion:
+    gated = config.use_gated_mlp
+    activation = "silu" if gated else "gelu"  # the ones that timm's Eva has
     if config.hidden_act != activation:
         raise ValueError(f"model has hidden_act {config.hidden_act!r}, expected {activation!r}")
     for name in list(weights):
         renamed = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)
         renamed = re.sub(r"\.attn\.(q|v)\.bias$", r".attn.\1_bias", renamed)
-        renamed = renamed if config.use_gated_mlp else renamed.replace(".mlp.up_proj.", ".mlp.fc1.")
+        renamed = renamed if gated else renamed.replace(".mlp.up_proj.", ".mlp.fc1.")
         weights[renamed] = weights.pop(name)
         if renamed.endswith(".attn.k.bias") and weights.pop(renamed).any():
             raise ValueError("model has biases of its keys (key_bias), which timm's Eva has not")
     registers = weights["reg_token"].shape[1]
     if not registers:
         del weights["reg_token"]
-    arguments |= {
+    return "vit_small_patch16_dinov3", {
         "qkv_bias": config.query_bias or config.value_bias,
-        "swiglu_mlp": config.use_gated_mlp,
+        "swiglu_mlp": gated,
+        "mlp_ratio": mlp_ratio(config.intermediate_size, config.hidden_size),
         "num_reg_tokens": registers,
         "rope_temperature": config.rope_theta,
         "global_pool": "token",
     }
-    return "vit_small_patch16_dinov3"
 
 
-def _clip(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
-    _vit(config, weights, arguments)
-    weights["cls_token"] = weights["cls_token"][None, None]
-    weights["pos_embed"] = weights["pos_embed"][None]
-    return "vit_base_patch16_clip_224"
+def _clip(config: object, weights: Weights) -> Conversion:
+    return _vit(config, weights, "vit_base_patch16_clip_224")
 
 
-def _clip_classifier(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
-    for name in ("norm.weight", "norm.bias"):  # of the class token, which this head does not read
-        del weights[name]
-    arguments |= {"global_pool": "avg", "final_norm": False}
-    return _clip(config, weights, arguments)
+def _clip_classifier(config: object, weights: Weights) -> Conversion:
+    for kind in ("weight", "bias"):  # of the class token's norm, which this head does not read
+        del weights[f"norm.{kind}"]
+    name, arguments = _clip(config, weights)
+    return name, arguments | {"global_pool": "avg", "final_norm": False}
 
 
-def _siglip(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
-    _vit(config, weights, arguments)
-    weights["pos_embed"] = weights["pos_embed"][None]
+def _siglip(config: object, weights: Weights) -> Conversion:
+    name, arguments = _vit(config, weights, "vit_base_patch16_siglip_224")
     if "attn_pool.latent" not in weights:
-        arguments |= {"global_pool": "avg", "fc_norm": False}
-        return "vit_base_patch16_siglip_224"
+        return name, arguments | {"global_pool": "avg", "fc_norm": False}
     for kind in ("weight", "bias"):
         packed = weights.pop(f"attn_pool.qkv.{kind}")
         weights[f"attn_pool.q.{kind}"], weights[f"attn_pool.kv.{kind}"] = packed.tensor_split([len(packed) // 3])
-    return "vit_base_patch16_siglip_224"
+    return name, arguments
 
 
-def _siglip_classifier(config: object, weights: dict[str, Tensor], arguments: dict[str, object]) -> str:
+def _siglip_classifier(config: object, weights: Weights) -> Conversion:
     for name in [name for name in weights if name.startswith("attn_pool.")]:  # not used before this head
         del weights[name]
-    return _siglip(config, weights, arguments)
+    return _siglip(config, weights)
 
 
-# What a model of Hugging Face's makes of images, as a description's outputs.
+# What a model makes of images: its normalised tokens, and what timm's forward gives; None is not compared.
+Outputs = Callable[[nn.Module, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 def _hidden(model: nn.Module, images: Tensor) -> tuple[Tensor, None]:
@@ -299,20 +255,19 @@ def _hidden(model: nn.Module, images: Tensor) -> tuple[Tensor, None]:
 
 
 def _logits(model: nn.Module, images: Tensor) -> tuple[None, Tensor]:
-    return None, model(pixel_values=images).logits
+    output = model(images)
+    return None, getattr(output, "logits", output)
 
 
 def _pooled(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    found = getattr(model, "vision_model", model)(pixel_values=images)
-    return found.last_hidden_state, found.pooler_output
+    output = getattr(model, "vision_model", model)(pixel_values=images)
+    return output.last_hidden_state, output.pooler_output
 
 
 def _projected(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    tower = getattr(model, "vision_model", model)
     tokens, pooled = _pooled(model, images)
-    return tower.post_layernorm(tokens), model.visual_projection(pooled) if hasattr(
-        model, "visual_projection"
-    ) else pooled
+    tokens = getattr(model, "vision_model", model).post_layernorm(tokens)
+    return tokens, model.visual_projection(pooled) if hasattr(model, "visual_projection") else pooled
 
 
 def _unmasked(model: nn.Module, images: Tensor) -> tuple[Tensor, None]:
@@ -326,7 +281,9 @@ def _unmasked(model: nn.Module, images: Tensor) -> tuple[Tensor, None]:
         config.mask_ratio = ratio
 
 
-_TRANSFORMERS = {
+# By the classes' names, as transformers need not be installed.
+_MODELS: dict[str, tuple[Callable[[object, Weights], Conversion], Outputs]] = {
+    "VisionTransformer": (_vit, _logits),  # torchvision's
     "ViTModel": (_vit, _hidden),
     "ViTForImageClassification": (_vit, _logits),
     "ViTMSNModel": (_vit, _hidden),
@@ -351,12 +308,14 @@ _TRANSFORMERS = {
 }
 
 
-def _renamed(model: nn.Module, names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+def _renamed(model: nn.Module) -> Weights:
     """The model's weights by timm's names, with those of its heads."""
     renamed = {}
     for name, value in model.state_dict().items():
-        for pattern, replacement in names:
+        for pattern, replacement in _NAMES:
             name = re.sub(pattern, replacement, name)
+        if name in ("cls_token", "pos_embed"):  # CLIP and SigLIP have them without a batch
+            value = value.reshape(1, -1, value.shape[-1])
         if not _LEFT_OUT.match(name):
             renamed[name] = value
     for attribute, name in _HEADS.items():
@@ -380,37 +339,25 @@ def _linear(head: nn.Module | None) -> nn.Linear | None:
     return layers[0] if layers else None
 
 
-def _classes(weights: dict[str, Tensor]) -> int:
-    return len(weights["head.weight"]) if "head.weight" in weights else 0
-
-
-def _pack_projections(weights: dict[str, Tensor], depth: int) -> None:
+def _pack_projections(weights: Weights) -> None:
     """Queries', keys' and values' projections as one, and a gated MLP's two, in place."""
-    packed = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate_proj", "mlp.up_proj")}
-    for block, (whole, parts), kind in itertools.product(range(depth), packed.items(), ("weight", "bias")):
-        names = [f"blocks.{block}.{part}.{kind}" for part in parts]
-        if names[0] in weights:
-            weights[f"blocks.{block}.{whole}.{kind}"] = torch.cat([weights.pop(name) for name in names])
+    packed = {"attn.q.": ("attn.qkv.", "attn.k.", "attn.v."), "mlp.gate_proj.": ("mlp.fc1.", "mlp.up_proj.")}
+    for name in list(weights):
+        for first, (whole, *others) in packed.items():
+            if first in name:
+                parts = [weights.pop(name.replace(first, part)) for part in (first, *others)]
+                weights[name.replace(first, whole)] = torch.cat(parts)
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """The ``mlp_ratio`` of which timm makes ``hidden``."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-def _check_same(model: nn.Module, converted: PlainModel, found: _Description) -> None:
-    like = next(model.parameters())
-    shape = (2, converted.patch_embed.proj.in_channels, *converted.patch_embed.img_size)
+def _check_same(model: nn.Module, converted: PlainModel, outputs: Outputs) -> None:
+    like, kind = next(model.parameters()), type(model).__name__
+    shape = (2, *input_size(converted))
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
     training = model.training
-    model.eval()
     try:
-        with torch.inference_mode():
-            expected = found.outputs(images)
+        with refusing(f"{kind} does not run on images of {shape}"), torch.inference_mode():
+            expected = outputs(model.eval(), images)
             actual = converted.forward_features(images), converted(images)
-    except Exception as error:  # whatever a model's own forward may lead to
-        raise ValueError(f"{type(model).__name__} does not run on images of {shape}: {cause(error)}") from error
     finally:
         model.train(training)
     for one, other in zip(expected, actual, strict=True):
@@ -419,7 +366,8 @@ def _check_same(model: nn.Module, converted: PlainModel, found: _Description) ->
         greatest = one.abs().max().clamp_min(torch.finfo(like.dtype).tiny)  # a new head gives zeros
         error = ((other - one).abs().max() / greatest).item() if one.shape == other.shape else torch.inf
         if not error <= torch.finfo(like.dtype).eps ** 0.5:
+            name = converted.pretrained_cfg["architecture"]
             raise ValueError(
-                f"{type(model).__name__} computes something else than timm's {found.name} with its weights: they "
-                f"differ by {error:.2g} of the greatest value"
+                f"{kind} computes something else than timm's {name} with its weights: they differ by {error:.2g} of "
+                "the greatest value"
             )

@@ -1,16 +1,18 @@
 """Plans for a budget: the keep rate at which a compressed model has given GMACs, or a given speed on a device."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .data import input_size
 from .measure import alternate, count_gmacs
+from .models import Model, encoder_of, input_size, tokens_of
 from .plan import CompressionPlan
-from .segmenter import Model, encoder_of
 from .unwrapping import unwrapped
 
 _ROUNDS = 8
@@ -55,16 +57,15 @@ def fit_gmacs(
     if target >= dense:
         raise ValueError(f"target_gmacs must be below the uncompressed model's {dense:.4g}, got {target:g}")
 
-    def gmacs(plan: CompressionPlan) -> float:
-        return count_gmacs(make_model(plan), size)
+    def gmacs(rate: float) -> float:
+        return count_gmacs(make_model(make_plan(rate)), size)
 
     rates = _keep_rates(model, prune_rate)
-    least = gmacs(make_plan(rates[0]))
-    if least > target:
-        raise ValueError(f"target_gmacs must be at least {least:.4g}, one patch a block, got {target:g}")
-    best = _last(rates, lambda rate: gmacs(make_plan(rate)) <= target)
-    plan = make_plan(rates[best])
-    return Fit(plan, rates[best], gmacs(plan))
+    within = bisect_right(rates, target, key=gmacs)  # how many rates have no more
+    if not within:
+        raise ValueError(f"target_gmacs must be at least {gmacs(rates[0]):.4g}, one patch a block, got {target:g}")
+    rate = rates[within - 1]
+    return Fit(make_plan(rate), rate, gmacs(rate))
 
 
 def fit_speedup(
@@ -77,8 +78,8 @@ def fit_speedup(
 ) -> Fit:
     """The plan of the keep rate whose compressed model is nearest to ``target`` times as fast on the images' device.
 
-    The time of a plan is told from a table, measured once, of the blocks' time against tokens; how far that is from the
-    compressed model's is measured on the plan that the table gives, and the plan chosen anew by it.
+    A plan's speed is estimated from a table of the blocks' time against tokens, which is measured once. The compressed
+    model of the plan that fits is then measured, and the estimates are corrected by what it gives, up to four times.
 
     Args:
         model: the uncompressed model, in evaluation mode on the images' device.
@@ -94,29 +95,30 @@ def fit_speedup(
     model = unwrapped(model)
     table = measure_latency(model, images)
     rates = _keep_rates(model, prune_rate)
-    correction, fitted, seen = 1.0, None, set()
+
+    def estimate(rate: float) -> float:
+        return table.speedup(make_plan(rate))
+
+    correction, fits = 1.0, {}
     for _ in range(4):
-        reachable = table.speedup(make_plan(rates[0])) * correction
-        if reachable < target:
-            raise ValueError(
-                f"target_speedup must be at most about {reachable:.3g} at batch {len(images)} on {images.device.type}, "
-                f"one patch a block, got {target:g}"
-            )
         goal = target / correction
-        last = _last(rates, lambda rate, goal=goal: table.speedup(make_plan(rate)) >= goal)
-        # The one after it is slower than the goal, and may be nearer to it.
-        near = rates[last : last + 2]
-        best = last + min(range(len(near)), key=lambda i: abs(table.speedup(make_plan(near[i])) - goal))
-        plan = make_plan(rates[best])
-        measured = _speedup(model, make_model(plan), images)
-        candidate = Fit(plan, rates[best], measured)
-        if fitted is None or abs(measured - target) < abs(fitted.value - target):
-            fitted = candidate
-        if abs(fitted.value / target - 1) < 0.01 or best in seen:
+        within = bisect_right(rates, -goal, key=lambda rate: -estimate(rate))  # how many rates are as fast
+        if not within:
+            raise ValueError(
+                f"target_speedup must be at most about {estimate(rates[0]) * correction:.3g} at batch {len(images)} on "
+                f"{images.device.type}, one patch a block, got {target:g}"
+            )
+        # The one after them is slower than the goal, and may be nearer to it.
+        rate = min(rates[within - 1 : within + 1], key=lambda rate, goal=goal: abs(estimate(rate) - goal))
+        if rate in fits:
             break
-        seen.add(best)
-        correction = measured / table.speedup(plan)
-    return fitted
+        plan = make_plan(rate)
+        fits[rate] = Fit(plan, rate, _speedup(model, make_model(plan), images))
+        correction = fits[rate].value / table.speedup(plan)
+        best = min(fits.values(), key=lambda fit: abs(fit.value - target))
+        if abs(best.value / target - 1) < 0.01:
+            break
+    return best
 
 
 class LatencyTable(NamedTuple):
@@ -125,7 +127,7 @@ class LatencyTable(NamedTuple):
     Args:
         tokens: ascending, the last is all tokens.
         seconds: of all blocks, each on so many tokens.
-        rest: seconds of what is not a block.
+        rest: seconds of everything else in the model.
     """
 
     tokens: tuple[int, ...]
@@ -133,25 +135,16 @@ class LatencyTable(NamedTuple):
     rest: float
 
     def speedup(self, plan: CompressionPlan) -> float:
-        """How many times as fast the plan's model is told to be."""
-        blocks = sum(self._of(tokens) for tokens in plan.tokens) / plan.depth
+        """The estimated speed of the plan's model, in times that of all tokens."""
+        blocks = np.interp(plan.tokens, self.tokens, self.seconds).mean().item()
         return (self.rest + self.seconds[-1]) / (self.rest + blocks)
-
-    def _of(self, tokens: int) -> float:
-        """Seconds of all blocks on ``tokens`` tokens, between the two nearest that were measured."""
-        upper = next(index for index, measured in enumerate(self.tokens) if measured >= tokens)
-        lower = max(0, upper - 1)
-        if self.tokens[upper] == self.tokens[lower]:
-            return self.seconds[upper]
-        share = (tokens - self.tokens[lower]) / (self.tokens[upper] - self.tokens[lower])
-        return self.seconds[lower] + share * (self.seconds[upper] - self.seconds[lower])
 
 
 def measure_latency(model: Model, images: Tensor) -> LatencyTable:
     """Measure the table of a model, in evaluation mode, on a batch of images (B, C, H, W)."""
     model = unwrapped(model)
     encoder = encoder_of(model)
-    total = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
+    total = tokens_of(model)[0]
     counts = sorted({max(1 + encoder.num_prefix_tokens, round(total * eighth / 8)) for eighth in range(1, 9)})
     x = torch.randn(len(images), total, encoder.embed_dim, device=images.device, dtype=images.dtype)
 
@@ -160,15 +153,15 @@ def measure_latency(model: Model, images: Tensor) -> LatencyTable:
             tokens = block(tokens)
 
     with torch.inference_mode():
-        calls = {count: (lambda count=count: blocks(x[:, :count].contiguous())) for count in counts}
-        times = _medians(calls | {"model": lambda: model(images)}, images.is_cuda)
+        calls = {count: partial(blocks, x[:, :count].contiguous()) for count in counts}
+        times = _medians(calls | {"model": partial(model, images)}, images.is_cuda)
     seconds = tuple(times[count] for count in counts)
     return LatencyTable(tuple(counts), seconds, max(0.0, times["model"] - seconds[-1]))
 
 
 def _speedup(model: Model, compressed: Model, images: Tensor) -> float:
     with torch.inference_mode():
-        times = _medians({"dense": lambda: model(images), "ours": lambda: compressed(images)}, images.is_cuda)
+        times = _medians({"dense": partial(model, images), "ours": partial(compressed, images)}, images.is_cuda)
     return times["dense"] / times["ours"]
 
 
@@ -181,12 +174,3 @@ def _keep_rates(model: Model, prune_rate: float) -> list[float]:
     patches = encoder_of(model).patch_embed.num_patches
     most = max(1, int(patches * (1 - prune_rate) + 1e-9))
     return [min(1.0, count / patches + 1e-9) for count in range(1, most + 1)]
-
-
-def _last(rates: Sequence[float], fits: Callable[[float], bool]) -> int:
-    """The last of ascending rates that fits, where the first does and what is past one that does not fits no more."""
-    low, high = 0, len(rates)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(rates[middle]) else (low, middle)
-    return low

@@ -9,20 +9,19 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import save_model
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from .card import model_card, replaces_card
 from .compression import OPTIONS
-from .data import input_size
 from .description import describe
 from .files import allow_default_mode, unfinished
+from .models import Model, compression_of, encoder_of, input_size, set_norm_eps, shared_norm_eps, uncompressed
 from .registry import PREFIX, registered_name
-from .segmenter import Model, Segmenter, encoder_of, set_norm_eps, shared_norm_eps
+from .segmenter import Segmenter
 from .unwrapping import unwrapped
-from .vision_transformer import Compressed
-from .weights import load_state_file, load_weights
+from .weights import load_state_file, load_weights, read_file, refusing
 
 __all__ = ["load_pretrained", "load_state_file", "save_pretrained"]
 
@@ -72,15 +71,15 @@ def save_pretrained(
         staging.mkdir()
         name = encoder.pretrained_cfg["architecture"].removeprefix(PREFIX)
         arguments = dict(model_args or {})
-        if isinstance(encoder, Compressed):
+        if (compression := compression_of(model)) is not None:
             name = registered_name(name)
-            arguments |= encoder.compression.to_dict()
+            arguments |= compression.to_dict()
         extra = {"pretrained_cfg": {"architecture": name}, "norm_eps": shared_norm_eps(encoder)}
-        if isinstance(model, Segmenter):
+        if encoder is not model:
             extra["segmenter"] = {"num_classes": model.num_classes, **model.options}
         try:
             save_for_hf(encoder, staging, model_config=extra, model_args=arguments, safe_serialization=True)
-            if isinstance(model, Segmenter):
+            if encoder is not model:
                 save_model(model, str(staging / WEIGHTS_NAME))
         except SafetensorError as error:
             raise OSError(f"the model could not be written to {folder}: {error}") from error
@@ -117,52 +116,43 @@ def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) ->
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no saved model: expected {CONFIG_NAME} and {WEIGHTS_NAME} in it")
     path = folder / WEIGHTS_NAME
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    weights = read_file(path, "is truncated or no safetensors file")
     _check_configuration(folder, weights)
-    model = _build(folder, uncompressed)
+    model = _build(folder, plain=uncompressed)
     if uncompressed:
-        stages = "encoder.stages." if isinstance(model, Segmenter) else "stages."
-        weights = {name: value for name, value in weights.items() if not name.startswith(stages)}
-    load_weights(model, weights, path)
+        matrices = ("stages.", "encoder.stages.")
+        weights = {name: value for name, value in weights.items() if not name.startswith(matrices)}
+    load_weights(model, weights, str(path))
     return model.to(next(value for name, value in weights.items() if name.endswith("patch_embed.proj.weight"))).eval()
 
 
 def _check_configuration(folder: Path, weights: dict[str, Tensor]) -> None:
     """Refuse a configuration of a model that is not the weights', before memory is taken for it."""
     path = folder / CONFIG_NAME
-    try:
+    with refusing(f"{path} does not describe a model that this version can build"):
         arguments = json.loads(path.read_text(encoding="utf-8")).get("model_args") or {}
         largest = max([len(weights), *(size for value in weights.values() for size in value.shape)])
         depth = arguments.get("depth", 0)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
     if not isinstance(depth, int) or depth > largest:
         raise ValueError(f"{path} describes a model of depth {depth!r}, and {WEIGHTS_NAME} is not one's")
     with torch.device("meta"):
         model = _build(folder)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    different = [name for name, value in weights.items() if expected.get(name, value.shape) != tuple(value.shape)]
-    if different:
-        raise ValueError(
-            f"the weights of {folder / WEIGHTS_NAME} are of another model: {different[0]} has shape "
-            f"{tuple(weights[different[0]].shape)}, expected {expected[different[0]]}"
-        )
-    encoder = encoder_of(model)
-    plain = encoder.uncompressed() if isinstance(encoder, Compressed) else encoder
-    try:
-        with torch.no_grad():
-            plain.eval().forward_features(torch.empty(1, *input_size(plain), device="meta"))
-    except Exception as error:  # sizes of parts that do not fit each other, of whatever kind
-        raise ValueError(f"{path} describes a model that cannot run: {error!r}") from error
+    expected = model.state_dict()
+    for name, value in weights.items():
+        if name in expected and value.shape != expected[name].shape:
+            raise ValueError(
+                f"the weights of {folder / WEIGHTS_NAME} are of another model: {name} has shape {tuple(value.shape)}, "
+                f"expected {tuple(expected[name].shape)}"
+            )
+    plain = encoder_of(uncompressed(model)).eval()
+    with refusing(f"{path} describes a model that cannot run"), torch.no_grad():
+        plain.forward_features(torch.empty(1, *input_size(plain), device="meta"))
 
 
-def _build(folder: Path, uncompressed: bool = False) -> Model:
+def _build(folder: Path, plain: bool = False) -> Model:
     """The model that the folder's configuration describes, with random weights."""
     path = folder / CONFIG_NAME
-    try:
+    with refusing(f"{path} does not describe a model that this version can build"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" in config and "architecture" not in config:
             raise ValueError("it is a model of transformers, which pm_models.to_timm takes once it is loaded")
@@ -172,25 +162,21 @@ def _build(folder: Path, uncompressed: bool = False) -> Model:
                 raise ValueError(f"model_args lacks {', '.join(missing)}")
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
         set_norm_eps(model, config.get("norm_eps"))
-        if uncompressed and isinstance(model, Compressed):
-            model = model.uncompressed()
+        model = uncompressed(model) if plain else model
         return Segmenter(model, **config["segmenter"]) if "segmenter" in config else model
-    except Exception as error:  # whatever the arguments of some model lead to
-        raise ValueError(f"{path} does not describe a model that this version can build: {error!r}") from error
 
 
 def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
-    wanted, found = _description(model), _description(rebuilt)
-    different = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+    before, after = (
+        {name: tuple(value.shape) for name, value in each.state_dict().items()} | describe(each)
+        for each in (model, rebuilt)
+    )
+    different = [name for name in before | after if before.get(name) != after.get(name)]
     if different:
         shown = ", ".join(
-            f"{name}: {wanted.get(name, 'absent')} became {found.get(name, 'absent')}" for name in different[:4]
+            f"{name}: {before.get(name, 'absent')} became {after.get(name, 'absent')}" for name in different[:4]
         )
         raise ValueError(
             f"the model is not {model.pretrained_cfg['architecture']} with the arguments that timm recorded ({shown}); "
             "pass the arguments it was created with as model_args"
         )
-
-
-def _description(model: nn.Module) -> dict[str, object]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()} | describe(model)

@@ -19,17 +19,17 @@ from tqdm import tqdm
 
 from .budget import fit_gmacs, fit_speedup
 from .checkpoints import CONFIG_NAME, load_pretrained, save_pretrained
-from .data import input_size
 from .files import write_atomically
 from .measure import count_gmacs, throughput
+from .models import Model, compression_of, encoder_of, input_size, tokens_of, uncompressed
 from .plan import CompressionPlan
 from .report import compare
 from .run_settings import flat_settings, refuse_other_settings
 from .scoring import score_tokens
-from .segmenter import Segmenter, encoder_of
-from .tasks import DEFAULT_TASK, TASKS, Model, Task
+from .segmenter import Segmenter
+from .tasks import DEFAULT_TASK, TASKS, Task
 from .training import Recipe, fit, make_accelerator
-from .vision_transformer import Compressed, PlainModel, check_vision_transformer
+from .vision_transformer import check_vision_transformer
 from .visualize import save_accuracy_picture, save_plan_picture
 
 _STATE = "state"
@@ -92,7 +92,7 @@ def finetune(options: argparse.Namespace) -> None:
     task = _task(options)
     model, (train_set, eval_set) = task.open(options.train_split, options.val_split)
     source = options.model
-    if not _is_compressed(model):
+    if compression_of(model) is None:
         source = options.output / _COMPRESSED
         settings = _settings(options, _OF_TRAINING)
         settings |= {"seed": options.seed, "mixed_precision": accelerator.mixed_precision}
@@ -150,8 +150,8 @@ def _compress_into(
 
     Every process scores its share of the batches; the first one saves, ``settings`` too where they are given.
     """
-    again = _is_compressed(model)
-    plain = model.uncompressed() if again else model
+    again = compression_of(model) is not None
+    plain = uncompressed(model)
     encoder = encoder_of(plain)
     check_vision_transformer(encoder)
     for part in (model, plain):
@@ -297,7 +297,7 @@ def _fit_and_save(
     )
     model = lesson.trainable_module.eval()
     models, quality = {options.command: model}, {options.command: getattr(results[-1], task.quality)}
-    if _is_compressed(model):
+    if compression_of(model) is not None:
         teacher = lesson.teacher if isinstance(model, Segmenter) else lesson.teacher.model
         models = {"dense": teacher.eval(), **models}
         quality["dense"] = task.evaluator(teacher, eval_loader, accelerator=accelerator)[task.quality]
@@ -340,12 +340,11 @@ def _compared(
         speed = throughput(models, images, rounds=5)
     rows = {}
     for name, model in models.items():
-        encoder = encoder_of(model)
         rows[name] = {
             task.quality: quality[name],
             "gmacs": count_gmacs(model, size),
             "images_per_second": speed[name],
-            "tokens": list(encoder.plan.tokens) if _is_compressed(model) else _dense_tokens(encoder),
+            "tokens": tokens_of(model),
         }
     return rows
 
@@ -356,20 +355,12 @@ def _save_pictures(
     """Predictions, the plan over sample images, and accuracy against throughput, where there are any."""
     model = models[options.command]
     task.save_predictions(eval_set, models, _PICTURED_IMAGES, options.output / "predictions.png")
-    if not _is_compressed(model):
+    if compression_of(model) is None:
         return
     for index, image in enumerate(task.samples(eval_set, model, _PICTURED_IMAGES), 1):
-        save_plan_picture(encoder_of(model).plan, options.output / f"plan-{index}.png", image)
+        save_plan_picture(compression_of(model).plan, options.output / f"plan-{index}.png", image)
     points = {name: (row["images_per_second"], row[task.quality]) for name, row in rows.items()}
     save_accuracy_picture(points, options.output / "accuracy.png", quality=task.quality_name)
-
-
-def _dense_tokens(model: PlainModel) -> list[int]:
-    return [model.patch_embed.num_patches + model.num_prefix_tokens] * len(model.blocks)
-
-
-def _is_compressed(model: Model) -> bool:
-    return isinstance(encoder_of(model), Compressed)
 
 
 def _task(options: argparse.Namespace) -> Task:

@@ -13,7 +13,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .images import check_is_image, entries, is_image, read_image
-from .segmenter import Model, encoder_of
+from .models import input_size
 from .unwrapping import unwrapped
 from .vision_transformer import PlainModel
 
@@ -301,12 +301,6 @@ def check_size(dataset: Dataset, batch_size: int) -> None:
 def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """Normalisation of as many channels as the images have; the average where the model was made for others."""
     return values if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def input_size(model: Model) -> tuple[int, int, int]:
-    """Channels, height and width of the images that the model takes."""
-    encoder = encoder_of(model)
-    return (encoder.in_chans, *encoder.patch_embed.img_size)
 
 
 def calibration_loader(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from .checkpoints import save_pretrained
 from .files import write_atomically
 from .measure import count_gmacs, throughput
+from .models import input_size, tokens_of
 from .plan import CompressionPlan
 from .report import compare
 from .scoring import score_tokens
@@ -70,22 +71,22 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
         name="fine-tune",
     )
     print("5/5  evaluating, and timing both alternately")
-    dense.eval()
-    compressed.eval()
-    speed = throughput({"dense": dense, "compressed": compressed}, test_set[:128][0].to(accelerator.device))
-    rows = {}
-    for name, model in (("dense", dense), ("compressed", compressed)):
-        rows[name] = {
+    models = {"dense": dense.eval(), "compressed": compressed.eval()}
+    speed = throughput(models, test_set[:128][0].to(accelerator.device))
+    rows = {
+        name: {
             "top1": evaluate(model, test_loader, accelerator=accelerator)["top1"],
-            "tokens": list(plan.tokens) if model is compressed else [plan.num_tokens] * plan.depth,
-            "gmacs": count_gmacs(model, (1, 32, 32)),
+            "tokens": tokens_of(model),
+            "gmacs": count_gmacs(model, input_size(model)),
             "images_per_second": speed[name],
         }
+        for name, model in models.items()
+    }
     results = {"before_fine_tuning_top1": raw["top1"], **rows}
 
     output.mkdir(parents=True, exist_ok=True)
-    save_pretrained(dense, output / "dense")
-    save_pretrained(compressed, output / "compressed")
+    for name, model in models.items():
+        save_pretrained(model, output / name)
     plan.save(output / "plan.json")
     image = (test_set[0][0][0].numpy() + 1) / 2
     save_plan_picture(plan, output / "plan.png", image)
@@ -99,21 +100,12 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
 def _digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     """Handwritten digits (1, 32, 32) with values from -1 to 1, and their labels, to train and to test on."""
     digits = load_digits()
-    train_images, test_images, train_labels, test_labels = (
-        torch.from_numpy(part)
-        for part in train_test_split(
-            digits.images, digits.target, test_size=0.2, random_state=seed, stratify=digits.target
-        )
-    )
-    return (
-        TensorDataset(_normalised(train_images), train_labels),
-        TensorDataset(_normalised(test_images), test_labels),
-    )
-
-
-def _normalised(images: Tensor) -> Tensor:
-    """Grey values (n, 8, 8) from 0 to 16 as (n, 1, 32, 32) from -1 to 1: a patch of 4 x 4 for each pixel."""
-    return F.interpolate((images / 8 - 1).float().unsqueeze(1), size=(32, 32), mode="bilinear")
+    # Grey values (n, 8, 8) from 0 to 16: each pixel becomes a patch of 4 x 4.
+    images = (torch.from_numpy(digits.images) / 8 - 1).float().unsqueeze(1)
+    dataset = TensorDataset(F.interpolate(images, size=(32, 32), mode="bilinear"), torch.from_numpy(digits.target))
+    split = train_test_split(range(len(dataset)), test_size=0.2, random_state=seed, stratify=digits.target)
+    train, test = (TensorDataset(*dataset[indices]) for indices in split)
+    return train, test
 
 
 def _augmented_batch(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

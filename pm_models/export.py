@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import input_size
 from .files import allow_default_mode, unfinished
-from .segmenter import Model, encoder_of
+from .models import Model, frozen, input_size
 from .unwrapping import unwrapped
-from .vision_transformer import Compressed
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
 OPSETS = range(17, 24)  # of ONNX: the first has LayerNormalization, the last is PyTorch's newest
@@ -84,9 +82,7 @@ def export_model(
         model = copy.deepcopy(model).cpu().float()
     else:
         model = copy.deepcopy(model)
-    model = model.eval().requires_grad_(False)
-    if isinstance(encoder_of(model), Compressed):
-        encoder_of(model).freeze()
+    model = frozen(model.eval().requires_grad_(False))
     device, dtype = ("cpu", torch.float32) if format == "onnx" else (like.device, like.dtype)
     images = torch.randn(batch_size + 1, *input_size(model), device=device, dtype=dtype)
     with torch.no_grad():
@@ -247,6 +243,6 @@ def _check_onnx(model: nn.Module, opset: int | None) -> None:
 def _check_operators(content: object) -> None:
     """Refuse what static matrices have no need for."""
     graphs = [content.graph, *content.functions]
-    found = {node.op_type for graph in graphs for node in graph.node if node.op_type.startswith(_UNWANTED)}
-    if found:
-        raise ValueError(f"the ONNX graph has {', '.join(sorted(found))}: a part of the model has no static form")
+    unwanted = {node.op_type for graph in graphs for node in graph.node if node.op_type.startswith(_UNWANTED)}
+    if unwanted:
+        raise ValueError(f"the ONNX graph has {', '.join(sorted(unwanted))}: a part of the model has no static form")

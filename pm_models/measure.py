@@ -4,17 +4,19 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .models import evaluating
 from .unwrapping import unwrapped
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchronize: bool) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls of each function, in turn, so that a drift of the machine meets all alike.
+    """Seconds of ``rounds`` calls of each function, in turn, so that drift of the machine affects all alike.
 
     The order changes from round to round, as a function may find in the cache what the one before it left. Each is
     called twice before, unmeasured. ``synchronize`` waits for the CUDA device around every call.
@@ -36,12 +38,8 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchr
 
 def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 10) -> dict[str, float]:
     """Images per second of each model in inference on ``images`` (B, 3, H, W): the median of alternated rounds."""
-
-    def call(model: nn.Module) -> Callable[[], object]:
-        return lambda: model(images)
-
     with torch.inference_mode():
-        seconds = alternate({name: call(model) for name, model in models.items()}, rounds, images.is_cuda)
+        seconds = alternate({name: partial(model, images) for name, model in models.items()}, rounds, images.is_cuda)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 
@@ -53,19 +51,10 @@ def count_gmacs(model: nn.Module, image_size: tuple[int, int, int]) -> float:
     model = unwrapped(model)
     like = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=like.dtype, device=like.device)
-    training = model.training
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        for parameter in trained:  # torch's counter stumbles over a parameter that is a module's input
-            parameter.requires_grad_(False)
-        # Attention as two matrix products, which every version of torch counts.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            model(image)  # what is static is computed now
-            with FlopCounterMode(display=False) as counter:
-                model(image)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.train(training)
+    # With nothing to train, as torch's counter stumbles over a parameter that is a module's input, and attention as two
+    # matrix products, which every version of torch counts.
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(image)  # what is static is computed now
+        with FlopCounterMode(display=False) as counter:
+            model(image)
     return counter.get_total_flops() / 2e9

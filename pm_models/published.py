@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import timm
@@ -16,10 +17,19 @@ from timm.data.constants import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from .models import set_norm_eps, tokens_of
 from .plan import CompressionPlan, StagePlan
-from .segmenter import Segmenter, set_norm_eps
+from .segmenter import Segmenter
 from .vision_transformer import PMVisionTransformer, compress
-from .weights import cause, is_weights, load_state_file, load_weights, read_file, unwrapped
+from .weights import (
+    arguments_of,
+    is_weights,
+    load_state_file,
+    load_weights,
+    read_file,
+    refusing,
+    without_wrappers,
+)
 
 VARIANT_NAME = "variant.yml"  # beside a published Segmenter
 
@@ -76,22 +86,18 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
     weights = load_state_file(path)
     if not variant_path.is_file():
         raise FileNotFoundError(f"no {variant_path}: it describes the network of {path}")
-    try:
+    with refusing(f"{variant_path} does not describe a Segmenter"):
         network = yaml.safe_load(variant_path.read_text(encoding="utf-8"))["net_kwargs"]
-        width, heads, decoder = int(network["d_model"]), int(network["n_heads"]), network["decoder"]
-        size = network["image_size"]
+        width, heads, num_classes = (int(network[name]) for name in ("d_model", "n_heads", "n_cls"))
+        size, decoder = network["image_size"], network["decoder"]
         img_size = tuple(int(side) for side in (size if isinstance(size, (list, tuple)) else (size, size)))
-        kind = "linear" if "linear" in decoder["name"] else decoder["name"]
         options = {
-            "decoder": kind,
+            "decoder": "linear" if "linear" in decoder["name"] else decoder["name"],
             "decoder_depth": int(decoder.get("n_layers", 2)),
             "decoder_drop_path": float(decoder.get("drop_path_rate", 0.0)),
             "decoder_dropout": float(decoder.get("dropout", 0.0)),
         }
-        num_classes = int(network["n_cls"])
         mean, std = _NORMALISATIONS[network.get("normalization", "vit")]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{variant_path} does not describe a Segmenter: {error!r}") from error
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     for name, value in weights.items():
         part, _, rest = name.partition(".")
@@ -106,7 +112,7 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
     set_norm_eps(encoder, Segmenter.PUBLISHED_NORM_EPS)
     model = Segmenter(encoder, num_classes, **options)
-    load_weights(model.decoder, parts["decoder"], path)
+    load_weights(model.decoder, parts["decoder"], str(path))
     return model.eval()
 
 
@@ -118,7 +124,7 @@ def _read_authors_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], list
     state, channels = content["model"], content["channels"]
     if not is_weights(state):
         raise ValueError(f"{os.fspath(path)}: 'model' must hold tensors by name")
-    state = unwrapped(state)
+    state = without_wrappers(state)
     if not any(name.endswith(".attn.merge_matrix") for name in state):
         raise ValueError(f"{os.fspath(path)} has no merge matrices (blocks.0.attn.merge_matrix and so on); {expected}")
     if not isinstance(channels, (list, tuple)) or not all(isinstance(tokens, int) for tokens in channels):
@@ -137,36 +143,31 @@ def _from_authors_weights(
     matrices: dict[int, dict[str, Tensor]] = {}
     weights = {}
     for name, value in state.items():
-        parts = name.split(".")
-        of_attention = parts[0] == "blocks" and parts[2:3] == ["attn"] and parts[1].isdecimal()
-        matrix = parts[-1] if of_attention else None
-        if matrix in ("merge_matrix", "recover_matrix", "token_mask"):
-            matrices.setdefault(int(parts[1]), {})[matrix] = value.float()
-        elif matrix != "bias" or len(parts) != 4:  # blocks.l.attn.bias is stored there, but never used
+        match = re.fullmatch(r"blocks\.(\d+)\.attn\.(merge_matrix|recover_matrix|token_mask|bias)", name)
+        if match is None:
             weights[name] = value.float()
-    try:
-        dense = _build_dense(weights, num_heads, img_size)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{os.fspath(path)} lacks the weight {error} of a Vision Transformer") from error
-    except Exception as error:  # of sizes that do not fit each other, of whatever kind
-        raise ValueError(f"{os.fspath(path)} holds no weights of a Vision Transformer: {cause(error)}") from error
-    load_weights(dense, weights, path)
+        elif match[2] != "bias":  # blocks.l.attn.bias is stored there, but never used
+            matrices.setdefault(int(match[1]), {})[match[2]] = value.float()
+    with refusing(f"{os.fspath(path)} holds no weights of a Vision Transformer"):
+        try:
+            dense = _build_dense(weights, num_heads, img_size)
+        except KeyError as error:
+            raise ValueError(f"it lacks the weight {error}") from error
+    load_weights(dense, weights, os.fspath(path))
     if not matrices:
         return dense
-    grid, prefix = tuple(dense.patch_embed.grid_size), dense.num_prefix_tokens
-    for block, found in matrices.items():
-        _check_authors_matrices(path, block, found, grid[0] * grid[1] + prefix, channels)
+    blocks, prefix = sorted(matrices), dense.num_prefix_tokens
+    for block in blocks:
+        _check_matrices(f"{os.fspath(path)}, block {block}", matrices[block], tokens_of(dense)[0], channels, block)
     plan = CompressionPlan(
-        grid=grid,
+        grid=tuple(dense.patch_embed.grid_size),
         depth=len(dense.blocks),
         num_prefix_tokens=prefix,
-        stages=tuple(_read_stage(block, matrices[block], prefix) for block in sorted(matrices)),
+        stages=tuple(_read_stage(block, matrices[block], prefix) for block in blocks),
     )
     model = compress(dense, plan, train_matrices="dense")
     with torch.no_grad():
-        for block, merge, reconstruct in zip(
-            sorted(matrices), model.merge_matrices(), model.reconstruct_matrices(), strict=True
-        ):
+        for block, merge, reconstruct in zip(blocks, model.merge_matrices(), model.reconstruct_matrices(), strict=True):
             merge.copy_(matrices[block]["merge_matrix"])
             reconstruct.copy_(matrices[block]["recover_matrix"])
     return model
@@ -176,51 +177,38 @@ def _build_dense(
     weights: dict[str, Tensor], num_heads: int | None, img_size: tuple[int, int] | None
 ) -> VisionTransformer:
     """The uncompressed model that weights of timm's names belong to, with random weights."""
-    width, in_chans, *patch = weights["patch_embed.proj.weight"].shape
-    prefix = 1 + ("dist_token" in weights)
+    arguments, distilled = arguments_of(weights), "dist_token" in weights
     if img_size is None:
-        side = math.isqrt(weights["pos_embed"].shape[1] - prefix)
-        img_size = (side * patch[0], side * patch[1])
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    if depth > len(weights):  # before memory is taken for them
-        raise ValueError(f"it has a weight of block {depth - 1}, but no more than {len(weights)} weights")
+        side = math.isqrt(weights["pos_embed"].shape[1] - 1 - distilled)
+        img_size = tuple(side * patch for patch in arguments["patch_size"])
     return timm.create_model(
-        "deit_small_distilled_patch16_224" if "dist_token" in weights else "deit_small_patch16_224",
+        "deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224",
+        **arguments,
         img_size=tuple(img_size),
-        patch_size=tuple(patch),
-        in_chans=in_chans,
-        num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
-        embed_dim=width,
-        depth=depth,
-        num_heads=num_heads or max(width // 64, 1),
-        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        qkv_bias="blocks.0.attn.qkv.bias" in weights,
-        init_values=1e-5 if "blocks.0.ls1.gamma" in weights else None,
+        num_heads=num_heads or max(arguments["embed_dim"] // 64, 1),
         global_pool="avg" if "fc_norm.weight" in weights else "token",
     )
 
 
-def _check_authors_matrices(
-    path: str | os.PathLike, block: int, found: dict[str, Tensor], tokens: int, channels: list[int] | None
+def _check_matrices(
+    where: str, matrices: dict[str, Tensor], tokens: int, channels: list[int] | None, block: int
 ) -> None:
-    where = f"{os.fspath(path)}, block {block}"
-    if found.keys() != {"merge_matrix", "recover_matrix", "token_mask"}:
-        raise ValueError(f"{where}: expected merge_matrix, recover_matrix and token_mask, got {sorted(found)}")
-    if channels is None:
-        channels = {block: len(found["merge_matrix"])}
-    elif block >= len(channels):
+    """Refuse a block's matrices that are not all there, or have other shapes than ``channels`` says, if it is given."""
+    if matrices.keys() != {"merge_matrix", "recover_matrix", "token_mask"}:
+        raise ValueError(f"{where}: expected merge_matrix, recover_matrix and token_mask, got {sorted(matrices)}")
+    if channels is not None and block >= len(channels):
         raise ValueError(f"{where}: 'channels' has {len(channels)} entries, expected one for every block")
-    shapes = {name: tuple(value.shape) for name, value in found.items()}
-    merged = channels[block]
+    merged = len(matrices["merge_matrix"]) if channels is None else channels[block]
+    shapes = {name: tuple(value.shape) for name, value in matrices.items()}
     expected = {"merge_matrix": (merged, tokens), "recover_matrix": (tokens, merged), "token_mask": (tokens,)}
     if shapes != expected:
         raise ValueError(f"{where}: expected the shapes {expected}, got {shapes}")
 
 
-def _read_stage(block: int, found: dict[str, Tensor], prefix: int) -> StagePlan:
+def _read_stage(block: int, matrices: dict[str, Tensor], prefix: int) -> StagePlan:
     """The stage of a block as far as its matrices tell."""
-    merge = found["merge_matrix"][prefix:, prefix:]
-    kept_or_merged = found["token_mask"][prefix:] != 0
+    merge = matrices["merge_matrix"][prefix:, prefix:]
+    kept_or_merged = matrices["token_mask"][prefix:] != 0
     weighed = merge.abs() * kept_or_merged
     segments = weighed.argmax(dim=0)
     # Each row has the patch that it weighs most, even one that another row weighs more.

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import fusable_attentions, fuse, fused_attentions
+from .models import Model, compression_of, encoder_of, evaluating, tokens_of
 from .modules import replace_module
-from .segmenter import Model, encoder_of
 from .unwrapping import unwrapped
-from .vision_transformer import Compressed, PlainModel, check_vision_transformer
+from .vision_transformer import PlainModel, check_vision_transformer
 
 
 def score_tokens(
@@ -51,8 +51,8 @@ def score_tokens(
     """
     model = unwrapped(model)
     encoder = encoder_of(model)
-    plan = encoder.plan if isinstance(encoder, Compressed) else None
-    if plan is None:
+    compression = compression_of(model)
+    if compression is None:
         check_vision_transformer(encoder)
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     if batches < (0 if shared else 1):
@@ -63,13 +63,12 @@ def score_tokens(
                 f"block {index} is a {type(block).__name__} without timm's Attention, so its tokens cannot be scored"
             )
     like = next(model.parameters())
-    tokens = encoder.patch_embed.num_patches + encoder.num_prefix_tokens
-    counts = [tokens] * len(encoder.blocks) if plan is None else list(plan.tokens)
+    counts = tokens_of(model)
     # In float64, so that the order of batches and processes is lost in the rounding to float32.
     scores = [torch.zeros(count, dtype=torch.float64) for count in counts]
     heads = [next(iter(_attentions(block).values())).num_heads for block in encoder.blocks]
     taken = 0
-    with torch.inference_mode(False), torch.enable_grad(), _gated(model, encoder, counts) as gates:
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _gated(encoder, counts) as gates:
         for images, targets in loader if batches else ():
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
@@ -87,11 +86,10 @@ def score_tokens(
         taken = int(taken)
     if taken == 0:
         raise ValueError("loader is empty: expected at least one batch of (images, targets)")
-    if plan is not None:
-        compressed = iter(encoder.reconstruct_matrices())
-        for index in range(plan.depth):
-            if plan.stage_of(index) is not None:
-                scores[index] = next(compressed).detach().abs().cpu().double() @ scores[index]
+    if compression is not None:
+        blocks = (index for index in range(len(scores)) if compression.plan.stage_of(index) is not None)
+        for index, reconstruct in zip(blocks, encoder.reconstruct_matrices(), strict=True):
+            scores[index] = reconstruct.detach().abs().cpu().double() @ scores[index]
     return torch.stack(scores)[:, encoder.num_prefix_tokens :].float()
 
 
@@ -100,32 +98,20 @@ def _attentions(block: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _gated(model: nn.Module, encoder: PlainModel, counts: list[int]) -> Iterator[list[Tensor]]:
-    """The model in eval mode and frozen, with a gate of ones on every encoder block's keys; undone at the end.
-
-    ``counts`` are the blocks' tokens.
-    """
-    modes = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    like = next(model.parameters())
-    replaced, gates = [], []
+def _gated(encoder: PlainModel, counts: list[int]) -> Iterator[list[Tensor]]:
+    """A gate of ones on every block's keys, as many as ``counts`` says; taken off at the end."""
+    like = next(encoder.parameters())
+    # A float32 gate sums the gradients of half-precision values in float32.
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    gates = [torch.ones(count, dtype=dtype, device=like.device, requires_grad=True) for count in counts]
+    replaced = []
     try:
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for block, count in zip(encoder.blocks, counts, strict=True):
-            # A float32 gate sums the gradients of half-precision values in float32.
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            gates.append(torch.ones(count, dtype=dtype, device=like.device, requires_grad=True))
+        for block, gate in zip(encoder.blocks, gates, strict=True):
             for name, attention in _attentions(block).items():
                 bias = getattr(attention, "key_bias", None)
-                replace_module(block, name, fuse(attention, key_bias=bias, token_gate=gates[-1]))
+                replace_module(block, name, fuse(attention, key_bias=bias, token_gate=gate))
                 replaced.append((block, name, attention))
         yield gates
     finally:
         for block, name, attention in replaced:
             replace_module(block, name, attention)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode

@@ -1,15 +1,12 @@
 """Models as they are served: compiled once for every batch that will come, before the first request."""
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .data import input_size
-from .segmenter import Model, Segmenter
+from .models import Model, frozen, input_size
 from .unwrapping import unwrapped
-from .vision_transformer import Compressed
 
 
 def warmup(
@@ -35,7 +32,7 @@ def warmup(
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes must be at least one number, each at least 1, got {list(batch_sizes)}")
-    model = _frozen(unwrapped(model.eval()))
+    model = frozen(unwrapped(model.eval()))
     like = next(model.parameters())
     on_gpu = like.device.type == "cuda"
     single = torch.compile(model, dynamic=False, mode="reduce-overhead" if on_gpu else "default")
@@ -56,14 +53,3 @@ def warmup(
         for _ in range(3 if on_gpu else 1):  # compile, record, replay
             serve(images)
     return serve
-
-
-def _frozen(model: Model) -> Model:
-    """The model with constant matrices, sharing all weights; an uncompressed one as it is."""
-    if isinstance(model, Segmenter):
-        return model.with_encoder(_frozen(model.encoder))
-    if not isinstance(model, Compressed):
-        return model
-    frozen = copy.copy(model)
-    frozen._modules = model._modules | {"stages": copy.deepcopy(model.stages)}
-    return frozen.freeze()

@@ -1,21 +1,18 @@
 """What the commands do differently for each ``--task``: images of one class each, or with a class for every pixel."""
 
 import argparse
-import difflib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpoints import CONFIG_NAME, load_pretrained
 from .data import (
     calibration_loader,
     check_classes,
@@ -26,18 +23,19 @@ from .data import (
     sample_images,
 )
 from .label_survey import warn_of_labels
+from .loading import check_name, load_model, make_model
+from .models import Model
 from .plan import CompressionPlan
-from .published import VARIANT_NAME, load_segmenter_checkpoint
 from .segmentation import (
     SegmentationImages,
     evaluate_segmentation,
+    labelled_samples,
     make_evaluation_loader,
     make_scoring_loader,
     make_training_loader,
     predicted_classes,
 )
-from .segmentation import sample_images as sample_labelled_images
-from .segmenter import Model, Segmenter
+from .segmenter import Segmenter
 from .training import (
     Evaluator,
     SegmentationTask,
@@ -46,9 +44,9 @@ from .training import (
     evaluate,
     segmentation_loss,
 )
-from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
+from .vision_transformer import Compressed, PlainModel, compress
 from .visualize import save_segmentation_picture
-from .weights import cause, check_head, load_checkpoint
+from .weights import check_head, load_checkpoint
 
 
 class Task(ABC):
@@ -326,14 +324,14 @@ class Segmentation(Task):
         )
 
     def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[np.ndarray]:
-        found = sample_labelled_images(dataset, model, count, **self._normalisation())
+        found = labelled_samples(dataset, model, count, **self._normalisation())
         height, width = model.image_size
         return [sample.picture[:height, :width] for sample in found]
 
     def save_predictions(
         self, dataset: SegmentationImages, models: Mapping[str, Segmenter], count: int, path: Path
     ) -> None:
-        found = sample_labelled_images(dataset, next(iter(models.values())), count, **self._normalisation())
+        found = labelled_samples(dataset, next(iter(models.values())), count, **self._normalisation())
         maps = {"labels": [sample.labels for sample in found]}
         for name, model in models.items():
             maps[name] = [predicted_classes(model, sample.image, sample.labels.shape) for sample in found]
@@ -349,42 +347,3 @@ class Segmentation(Task):
 
 DEFAULT_TASK = "classification"
 TASKS = {DEFAULT_TASK: Classification, "segmentation": Segmentation}
-_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # of timm's names of models that it does not have itself
-
-
-def check_name(name: str, option: str) -> None:
-    """Refuse what is neither a folder nor a name that timm makes a model of, with names like it.
-
-    Raises:
-        ValueError: it is none of timm's models, and says of no hub or folder that timm is to look in.
-    """
-    if name.partition(":")[0].lower() in _SOURCES or timm.is_model(name):
-        return
-    similar = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(name, timm.list_models(), 3)
-    similar = similar or ([f"hf-hub:{name}"] if "/" in name else [])
-    hint = f"; did you mean {', '.join(similar)}?" if similar else ""
-    raise ValueError(f"{option} {name} is neither a saved folder nor a timm model{hint}")
-
-
-def make_model(name: str, option: str, **arguments: object) -> PlainModel:
-    """The model of timm that an option names; arguments of ``None`` are timm's own.
-
-    Raises:
-        ValueError: timm cannot make it: of an argument, a folder or a hub.
-        TypeError: it is no Vision Transformer that can be compressed.
-    """
-    try:
-        model = timm.create_model(name, **{key: value for key, value in arguments.items() if value is not None})
-    except Exception as error:  # whatever a hub, a folder or a model's own arguments lead to
-        raise ValueError(f"{option} {name} cannot be made: {cause(error)}") from error
-    if not isinstance(model, Compressed):
-        check_vision_transformer(model)
-    return model
-
-
-def load_model(folder: str | Path) -> Model:
-    """A model that was saved here, or a published Segmenter."""
-    path = Path(folder)
-    if (path / VARIANT_NAME).is_file() and not (path / CONFIG_NAME).is_file():
-        return load_segmenter_checkpoint(path)
-    return load_pretrained(path)

@@ -13,16 +13,14 @@ from PIL import ImageOps
 
 from .budget import LatencyTable, measure_latency
 from .checkpoints import CONFIG_NAME
-from .data import input_size
 from .export import export_model
 from .files import write_atomically
 from .images import read_image
+from .loading import load_model
 from .measure import alternate, throughput
+from .models import compression_of, input_size, tokens_of, uncompressed
 from .plan import CompressionPlan
 from .report import format_table
-from .segmenter import Model, encoder_of
-from .tasks import check_name, load_model, make_model
-from .vision_transformer import Compressed
 from .visualize import save_latency_picture, save_plan_picture
 
 _PIXELS = 448  # of the longer side of a picture under a plan
@@ -41,7 +39,7 @@ def export(options: argparse.Namespace) -> None:
     images = torch.randn(options.batch_size, *input_size(model), device=device, dtype=dtype)
     print(f"{options.output}: logits within {files['exported'].max_error:.2g} of the model's greatest")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        if isinstance(encoder_of(model), Compressed):
+        if compression_of(model) is not None:
             print("exporting the uncompressed model too, to compare the speed")
             with torch.inference_mode(False):
                 files["dense"] = written(model.uncompressed().to(device), Path(folder) / "dense")
@@ -67,9 +65,8 @@ def show(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    model = _model_to_time(options.model).eval()
-    encoder = encoder_of(model)
-    plain = model.uncompressed() if isinstance(encoder, Compressed) else model
+    model = load_model(options.model, option="MODEL").eval()
+    plain = uncompressed(model)
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
     for part in {model, plain}:
         part.to(device)
@@ -87,7 +84,7 @@ def bench(options: argparse.Namespace) -> None:
     save_latency_picture(
         {batch: (table.tokens, _speeds(table)) for batch, table in tables.items()},
         options.output,
-        {batch: (sum(encoder.plan.tokens) / encoder.plan.depth, speed) for batch, speed in measured.items()},
+        {batch: (statistics.mean(tokens_of(model)), speed) for batch, speed in measured.items()},
     )
     print(f"picture: {options.output}")
     if options.results_file is not None:
@@ -121,10 +118,10 @@ def _plan_of(path: Path) -> CompressionPlan:
         if (path / "plan.json").is_file():
             path = path / "plan.json"
         elif (path / CONFIG_NAME).is_file():
-            encoder = encoder_of(load_model(path))
-            if not isinstance(encoder, Compressed):
+            compression = compression_of(load_model(path))
+            if compression is None:
                 raise ValueError(f"{path} holds an uncompressed model, which has no plan")
-            return encoder.plan
+            return compression.plan
         else:
             raise FileNotFoundError(f"{path} holds neither a plan.json nor a model")
     return CompressionPlan.load(path)
@@ -135,13 +132,6 @@ def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:
     height, width = plan.grid
     scale = _PIXELS / max(height, width)
     return np.asarray(ImageOps.fit(read_image(path), (round(scale * width), round(scale * height)))) / 255
-
-
-def _model_to_time(name: str) -> Model:
-    if Path(name).is_dir():
-        return load_model(name)
-    check_name(name, "MODEL")
-    return make_model(name, "MODEL")
 
 
 def _check_new(output: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -15,6 +16,10 @@ from .files import atomic_path
 from .plan import CompressionPlan, StagePlan
 
 _KEPT, _MERGED, _PRUNED = "#2a9d8f", "#e9c46a", "#3d405b"
+# (256, 3) from 0 to 1, of classes: twenty that differ well, then a scale; white for 255.
+_CLASS_COLOURS = np.concatenate(
+    [colormaps["tab20"].colors, colormaps["nipy_spectral"](np.linspace(0, 1, 235))[:, :3], np.ones((1, 3))]
+)
 
 
 def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figure:
@@ -52,25 +57,19 @@ def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figur
 
 def save_plan_picture(plan: CompressionPlan, path: str | os.PathLike, image: np.ndarray | None = None) -> None:
     """Write :func:`plan_figure` as a PNG, whole or not at all."""
-    with atomic_path(path) as temporary:
-        plan_figure(plan, image).savefig(temporary, format="png", dpi=150)
+    _save(plan_figure(plan, image), path)
 
 
 def save_accuracy_picture(
     points: Mapping[str, tuple[float, float]], path: str | os.PathLike, *, quality: str = "top-1 accuracy"
 ) -> None:
     """Write a PNG of models by name, each at its throughput (images/s) and ``quality`` (percent)."""
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _chart("images per second", f"{quality} (%)")
     for name, (speed, percent) in points.items():
         axes.plot(speed, percent, "o", color=_KEPT)
         axes.annotate(name, (speed, percent), xytext=(0, 7), textcoords="offset points", ha="center")
     axes.margins(0.2)
-    axes.set_xlabel("images per second")
-    axes.set_ylabel(f"{quality} (%)")
-    axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    _save(figure, path)
 
 
 def save_latency_picture(
@@ -85,18 +84,13 @@ def save_latency_picture(
         path: of the file.
         measured: by batch size, a compressed model's mean number of tokens and its speed; may be empty.
     """
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _chart("tokens in every block", "times as fast as all tokens")
     for index, (batch, (tokens, speeds)) in enumerate(lines.items()):
         axes.plot(tokens, speeds, "o-", color=f"C{index}", markersize=3, label=f"batch {batch}")
         if batch in measured:
             axes.plot(*measured[batch], "*", color=f"C{index}", markersize=12, label=f"the compressed model, {batch}")
-    axes.set_xlabel("tokens in every block")
-    axes.set_ylabel("times as fast as all tokens")
     axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    _save(figure, path)
 
 
 def segmentation_figure(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]]) -> Figure:
@@ -109,7 +103,7 @@ def segmentation_figure(images: Sequence[np.ndarray], maps: Mapping[str, Sequenc
     Returns:
         A matplotlib figure, not attached to any window.
     """
-    columns = {"image": images, **{name: [_CLASS_COLOURS[found] for found in maps[name]] for name in maps}}
+    columns = {"image": images, **{name: [_CLASS_COLOURS[classes] for classes in maps[name]] for name in maps}}
     figure = Figure(figsize=(2.8 * len(columns), 2.2 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for column, (name, pictures) in enumerate(columns.items()):
@@ -124,17 +118,22 @@ def save_segmentation_picture(
     images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], path: str | os.PathLike
 ) -> None:
     """Write :func:`segmentation_figure` as a PNG, whole or not at all."""
+    _save(segmentation_figure(images, maps), path, dpi=110)
+
+
+def _chart(x: str, y: str) -> tuple[Figure, Axes]:
+    """An empty figure of one panel, with the names of its axes."""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> None:
     with atomic_path(path) as temporary:
-        segmentation_figure(images, maps).savefig(temporary, format="png", dpi=110)
-
-
-def _class_colours() -> np.ndarray:
-    """(256, 3) from 0 to 1: twenty that differ well, then a scale; white for 255."""
-    scale = colormaps["nipy_spectral"](np.linspace(0, 1, 235))[:, :3]
-    return np.concatenate([np.array(colormaps["tab20"].colors), scale, np.ones((1, 3))])
-
-
-_CLASS_COLOURS = _class_colours()
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.ndarray | None) -> None:
@@ -145,10 +144,10 @@ def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.
         panel.imshow(image, cmap="gray", vmin=0, vmax=1, extent=extent)
     tint = np.zeros((height, width, 4))
     opacity = 1.0 if image is None else 0.4
-    tint[segments >= 0] = _rgba(_MERGED, opacity)
+    tint[segments >= 0] = to_rgba(_MERGED, opacity)
     for patch in _kept_patches(stage):
-        tint[divmod(patch, width)] = _rgba(_KEPT, opacity)
-    tint[segments < 0] = _rgba(_PRUNED, 1.0 if image is None else 0.85)
+        tint[divmod(patch, width)] = to_rgba(_KEPT, opacity)
+    tint[segments < 0] = to_rgba(_PRUNED, 1.0 if image is None else 0.85)
     panel.imshow(tint, extent=extent, interpolation="nearest")
     panel.add_collection(LineCollection(_outlines(segments), colors="white", linewidths=0.8))
     blocks = f"block {stage.first}" if stage.first == stage.last else f"blocks {stage.first} to {stage.last}"
@@ -158,18 +157,12 @@ def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.
 def _kept_patches(stage: StagePlan) -> list[int]:
     """The patch of each segment with the largest weight."""
     best: dict[int, int] = {}
-    for patch, segment in enumerate(stage.segments):
-        if segment >= 0 and (segment not in best or stage.weights[patch] > stage.weights[best[segment]]):
-            best[segment] = patch
-    return list(best.values())
+    for patch in sorted(range(len(stage.segments)), key=stage.weights.__getitem__):
+        best[stage.segments[patch]] = patch
+    return [patch for segment, patch in best.items() if segment >= 0]
 
 
 def _outlines(segments: np.ndarray) -> list[list[tuple[int, int]]]:
     """The edges between patches of different segments, as ((x, y), (x, y))."""
     lines = [[(x + 1, y), (x + 1, y + 1)] for y, x in np.argwhere(segments[:, :-1] != segments[:, 1:])]
     return lines + [[(x, y + 1), (x + 1, y + 1)] for y, x in np.argwhere(segments[:-1] != segments[1:])]
-
-
-def _rgba(colour: str, opacity: float) -> tuple[float, float, float, float]:
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return red, green, blue, opacity

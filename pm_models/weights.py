@@ -5,6 +5,8 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from .vision_transformer import PlainModel
 
 # Where a training script's file holds the weights, the first that is there: averaged ones before the last step's.
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "teacher", "student")
-# What torch.compile, FSDP and activation checkpointing put into names, anywhere; and what wraps a whole model.
+# What torch.compile, FSDP and activation checkpointing put into names anywhere, and what wraps a whole model.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIXES = ("module.", "model.")
 _PIECE = re.compile(r"-\d{5}-of-(?!00001)\d{5}\b|\.index\.json$")
@@ -28,7 +30,7 @@ _HEAD = {"attn_pool", "fc_norm", "head", "head_dist"}  # the modules of timm's t
 
 
 class _Unread:
-    """In the place of an object that a file holds beside its weights: it takes whatever pickle has for that."""
+    """Stands for an object that a file holds beside its weights, and takes whatever state pickle has for it."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -51,7 +53,7 @@ _UNREAD = [
 def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
     """The weights in a ``.safetensors`` file, or in one of ``torch.save`` as timm, DeiT, Lightning and others write it.
 
-    What a training script leaves beside the weights is passed over. Names lose what DDP, ``torch.compile`` or Lightning
+    What a training script leaves beside the weights is ignored. Names lose what DDP, ``torch.compile`` or Lightning
     put before all of them: ``module.``, ``_orig_mod.``, ``model.``.
 
     Raises:
@@ -63,7 +65,7 @@ def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
         content = next((content[key] for key in _HOLDERS if _holds(content, key)), content)
     if not is_weights(content):
         raise ValueError(f"{os.fspath(path)} holds no weights: expected tensors by name, or such a dict under 'model'")
-    return unwrapped(content)
+    return without_wrappers(content)
 
 
 def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: bool = False) -> None:
@@ -87,38 +89,41 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
     renamed = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
     try:
         weights = (eva.checkpoint_filter_fn if isinstance(model, eva.Eva) else renamed)(weights, model)
-        _adapt_channels(model, weights)
+        patches, in_chans = "patch_embed.proj.weight", model.patch_embed.proj.in_channels
+        if patches in weights and weights[patches].shape[1] != in_chans:  # as timm does with pretrained weights
+            weights[patches] = adapt_input_conv(in_chans, weights[patches], base_chans=weights[patches].shape[1])
         classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     except Exception as error:  # of names and shapes that timm did not expect, of whatever kind
         raise ValueError(f"{refusal}: {_about_positions(model, weights, error)}") from error
     if new_head or not model.num_classes:
         weights = _with_own_head(model, weights)
-    different = [name for names in _different_names(model, weights).values() for name in names]
+    different = _different_names(model, weights)
     if all(_is_head(name) for name in different):
         check_head(str(path), classes, model.num_classes, new_head=new_head)
     if different:
-        raise ValueError(f"{refusal}: {differences(model, weights)}")
-    load_weights(model, weights, path)
+        raise ValueError(f"{refusal}: {_differences(model, weights)}")
+    load_weights(model, weights, str(path))
 
 
 def check_head(source: str, classes: int, wanted: int, *, new_head: bool) -> None:
-    """Tell of weights whose head is for other classes than the model's; 0 classes are no head.
+    """Warn of, or refuse, weights whose head is for other classes than the model's; 0 classes are no head.
 
     Raises:
-        ValueError: a new head is not what the command is for.
+        ValueError: they differ, and a new head is not what the command is for.
     """
     if wanted in (0, classes):
         return
-    found = f"{source} has {f'a head for {classes} classes' if classes else 'no head'}, and the model is for {wanted}"
+    head = f"a head for {classes} classes" if classes else "no head"
+    difference = f"{source} has {head}, and the model is for {wanted}"
     if new_head:
-        warnings.warn(f"{found}: the head starts anew", stacklevel=2)
+        warnings.warn(f"{difference}: the head starts anew", stacklevel=2)
         return
     way = f"give --num-classes {classes}, or train" if classes else "train"
-    raise ValueError(f"{found}: {way} a new one first, with pm-vit train")
+    raise ValueError(f"{difference}: {way} a new one first, with pm-vit train")
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Load weights that must be the model's, all of them.
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load weights that must be the model's, all of them; ``source`` says whose they are.
 
     Raises:
         ValueError: they are another model's; the message counts and names what differs.
@@ -126,8 +131,49 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.Pa
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        found = differences(model, weights) or cause(error)
-        raise ValueError(f"the weights of {os.fspath(path)} are of another model: {found}") from error
+        difference = _differences(model, weights) or cause(error)
+        raise ValueError(f"the weights of {source} are of another model: {difference}") from error
+
+
+def arguments_of(weights: dict[str, Tensor]) -> dict[str, object]:
+    """The arguments of timm's models that weights of timm's names tell: sizes, classes, biases, layer scale.
+
+    Raises:
+        KeyError: a weight of a Vision Transformer is missing.
+        ValueError: there is a block too many.
+    """
+    width, in_chans, *patch_size = weights["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    if depth > len(weights):  # before memory is taken for them
+        raise ValueError(f"it has a weight of block {depth - 1}, but no more than {len(weights)} weights")
+    return {
+        "patch_size": tuple(patch_size),
+        "in_chans": in_chans,
+        "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
+        "embed_dim": width,
+        "depth": depth,
+        "mlp_ratio": mlp_ratio(len(weights["blocks.0.mlp.fc1.weight"]), width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        **({"init_values": 1e-5} if "blocks.0.ls1.gamma" in weights else {}),
+    }
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ``mlp_ratio`` of which timm makes ``hidden``."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+@contextmanager
+def refusing(refusal: str) -> Iterator[None]:
+    """Make an error of any kind a ValueError of one line: what is refused, and why.
+
+    For code of others' that raises a dozen kinds, where names, shapes or files are not what it expects.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{refusal}: {cause(error)}") from error
 
 
 def cause(error: Exception) -> str:
@@ -197,7 +243,7 @@ def is_weights(content: object) -> bool:
     )
 
 
-def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights by the names of the model that was wrapped."""
     # torch.optim.swa_utils.AveragedModel counts beside its module.
     weights = {name: value for name, value in weights.items() if name != "n_averaged"}
@@ -217,13 +263,6 @@ def _of_encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
 
 
-def _adapt_channels(model: PlainModel, weights: dict[str, Tensor]) -> None:
-    """The first layer for as many channels as the model's images have, as timm makes it of pretrained weights."""
-    name, wanted = "patch_embed.proj.weight", model.patch_embed.proj.in_channels
-    if name in weights and weights[name].shape[1] != wanted:
-        weights[name] = adapt_input_conv(wanted, weights[name], base_chans=weights[name].shape[1])
-
-
 def _with_own_head(model: PlainModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights with the model's own head where theirs is another, and without one that the model has not."""
     expected = model.state_dict()
@@ -231,7 +270,7 @@ def _with_own_head(model: PlainModel, weights: dict[str, Tensor]) -> dict[str, T
     if model.num_classes and "fc_norm.weight" in missing and "norm.weight" in unexpected:
         # A better start than a new norm, as timm has it for EVA.
         weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
-    other = [name for names in _different_names(model, weights).values() for name in names if _is_head(name)]
+    other = [name for name in _different_names(model, weights) if _is_head(name)]
     own = {name: expected[name] for name in other if name in expected}
     return {name: value for name, value in weights.items() if name not in other} | own
 
@@ -241,36 +280,35 @@ def _is_head(name: str) -> bool:
 
 
 def _load_npz(model: VisionTransformer, path: Path, new_head: bool) -> None:
-    try:
+    with refusing(f"{path} is no checkpoint in JAX's layout of the model"):
         with np.load(path, allow_pickle=False) as arrays:
             classes = next((len(arrays[name]) for name in arrays.files if name.endswith("head/bias")), 0)
         model.load_pretrained(str(path))
-    except Exception as error:  # of names and shapes that timm did not expect, of whatever kind
-        raise ValueError(f"{path} is no checkpoint in JAX's layout of the model: {cause(error)}") from error
     check_head(str(path), classes, model.num_classes, new_head=new_head)
 
 
-def _different_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
-    """The names that are missing, unexpected, or have other shapes than the model's."""
-    expected = model.state_dict()
-    return {
-        "Missing keys": [name for name in expected if name not in weights],
-        "Unexpected keys": [name for name in weights if name not in expected],
-        "Other shapes": [name for name in weights if name in expected and weights[name].shape != expected[name].shape],
-    }
+def _different_names(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """The names that the model or the weights lack, or that have other shapes."""
+    wanted, given = ({name: value.shape for name, value in of.items()} for of in (model.state_dict(), weights))
+    return [name for name in wanted | given if wanted.get(name) != given.get(name)]
 
 
-def differences(model: nn.Module, weights: dict[str, Tensor]) -> str:
+def _differences(model: nn.Module, weights: dict[str, Tensor]) -> str:
     """How weights differ from the model's: how many, and the first few by their names and shapes."""
-    expected = model.state_dict()
+    expected, different = model.state_dict(), _different_names(model, weights)
 
     def shapes(name: str) -> str:
         return " instead of ".join(str(tuple(of[name].shape)) for of in (weights, expected) if name in of)
 
+    kinds = {
+        "Missing keys": [name for name in different if name not in weights],
+        "Unexpected keys": [name for name in different if name not in expected],
+        "Other shapes": [name for name in different if name in weights and name in expected],
+    }
     return "; ".join(
         f"{kind} ({len(names)}): {', '.join(f'{name} {shapes(name)}' for name in names[:3])}"
         + (", ..." if len(names) > 3 else "")
-        for kind, names in _different_names(model, weights).items()
+        for kind, names in kinds.items()
         if names
     )
 
@@ -278,14 +316,14 @@ def differences(model: nn.Module, weights: dict[str, Tensor]) -> str:
 def _about_positions(model: PlainModel, weights: dict[str, Tensor], error: Exception) -> str:
     """Why positions cannot be resized: other tokens before the patches, or patches in no square."""
     expected = model.state_dict()
-    told = []
+    reasons = []
     for name, tokens in (("cls_token", "class"), ("dist_token", "distillation"), ("reg_token", "register")):
         if (name in weights) != (name in expected):
             has, other = ("no", "one") if name in expected else ("a", "none")
-            told.append(f"it has {has} {tokens} token, and the model has {other}")
-    if not told and "pos_embed" in weights and "pos_embed" in expected:
+            reasons.append(f"it has {has} {tokens} token, and the model has {other}")
+    if not reasons and "pos_embed" in weights and "pos_embed" in expected:
         shapes = (tuple(of["pos_embed"].shape) for of in (weights, expected))
-        told = ["its pos_embed {} cannot be resized to {}".format(*shapes)]
+        reasons = ["its pos_embed {} cannot be resized to {}".format(*shapes)]
     if "cls_token" in expected.keys() - weights.keys():
-        told.append("--model-kwargs class_token=False global_pool=avg makes a model without")
-    return "; ".join(told) or cause(error)
+        reasons.append("--model-kwargs class_token=False global_pool=avg makes a model without")
+    return "; ".join(reasons) or cause(error)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pm_models import CompressionPlan, load_pretrained, save_pretrained, score_tokens
-from pm_models.data import input_size
 from pm_models.files import write_atomically
 from pm_models.measure import alternate, count_gmacs
-from pm_models.segmenter import encoder_of
+from pm_models.models import encoder_of, input_size
 from pm_models.training import Recipe, fit, make_accelerator
 
 from .. import results
