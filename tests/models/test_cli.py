@@ -154,7 +154,7 @@ def test_compress_to_a_budget(capsys, monkeypatch, data, dense, tmp_path):
         assert make_model(plan).plan == plan
         return Fit(plan, 0.5, 1.26)
 
-    monkeypatch.setattr("pm_models.commands.fit_speedup", fit)
+    monkeypatch.setattr("pm_models.cli.commands.fit_speedup", fit)
     status, out, _ = run(capsys, *common, "--output", tmp_path / "speed", "--target-speedup", "1.25")
     assert status == 0
     assert re.search(r"keep rate 0\.500 for 1\.25 times the speed: 1\.260 times, measured at batch \d+ on", out)
@@ -353,7 +353,7 @@ def test_shipped_recipes(capsys, data, dense, tmp_path, name):
         return distillation_task(*models, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("pm_models.tasks.distillation_task", task)
+        patched.setattr("pm_models.cli.tasks.distillation_task", task)
         status, _, err = run(capsys, *arguments)
     assert status == 0, err
     assert found == {"alpha": alpha, "temperature": 20.0, "smoothing": 0.1}
@@ -605,7 +605,7 @@ def test_a_run_stopped_while_it_saves_the_model_continues(capsys, data, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pm_models.commands.save_pretrained", interrupted)
+        patched.setattr("pm_models.cli.commands.save_pretrained", interrupted)
         assert run(capsys, *arguments)[0] == 130
     assert not (output / "config.json").exists()
     status, out, err = run(capsys, *arguments)

@@ -354,6 +354,14 @@ def test_empty_values_do_not_exclude_others(capsys, data, tmp_path):
     assert load_pretrained(tmp_path / "out").plan.tokens[0] < 17
 
 
+def test_a_budget_in_a_file(capsys, data, tmp_path):
+    """Any of the budgets there makes the others needless on the command line."""
+    (tmp_path / "c.yaml").write_text(own(target_gmacs=1e-9, prune_rate=0.1, score_batches=1))
+    arguments = ["compress", data, "--config", tmp_path / "c.yaml", *COMMON, "--output", tmp_path / "out"]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert "target_gmacs must be at least" in capsys.readouterr().err
+
+
 def test_an_empty_value_of_what_must_be_given(capsys, data, tmp_path):
     (tmp_path / "c.yaml").write_text("model: null")
     with pytest.raises(SystemExit):

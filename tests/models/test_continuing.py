@@ -209,7 +209,7 @@ def stopped(capsys, monkeypatch, *arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pm_models.commands.save_pretrained", interrupted)
+        patched.setattr("pm_models.cli.commands.save_pretrained", interrupted)
         status, _, err = command(capsys, *arguments)
     assert status == 130, err
 

@@ -3,15 +3,17 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from timm.utils import ParseKwargs
 
-_SHIPPED = Path(__file__).parent / "recipes"
+from .arguments import Option
+
+_SHIPPED = Path(__file__).parents[1] / "recipes"
 _EMPTY = (None, "", "None")  # said of an option that was not given
-_NULLABLE = {"clip_grad"}  # where null is a choice of its own
 _TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 # The options of timm's train.py that pm-vit does not have: all of them stand in the args.yaml of each of its runs.
@@ -41,15 +43,16 @@ def shipped_configs() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
-def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], arguments: list[str]) -> None:
-    """Make the values in the file of ``--config`` the defaults of a command's parser.
+def read_config(arguments: list[str], options: Mapping[str, Option], others: Collection[str]) -> dict[str, object]:
+    """The values in the file of ``--config``, as the command line would have given them.
 
     Args:
-        command: the command that runs. An option of another command is passed over, so that one file serves the steps
-            of one job; an option of none is an error, but in the ``args.yaml`` of timm's ``train.py``, where it is a
-            warning. An empty value is none.
-        parsers: every command's parser.
-        arguments: of the command line, after the command.
+        arguments: of the command line, after the command. A choice between options that they make comes before the
+            file's.
+        options: of the command that runs.
+        others: names of other commands' options, which are passed over, so that one file serves the steps of one job.
+            An option of no command is an error, but in the ``args.yaml`` of timm's ``train.py``, where it is a warning.
+            An empty value is none.
 
     Raises:
         FileNotFoundError: there is no such file, and no recipe of that name.
@@ -57,40 +60,35 @@ def apply_config(command: str, parsers: dict[str, argparse.ArgumentParser], argu
     """
     path = _config_path(arguments)
     if path is None:
-        return
+        return {}
     values = _read(path)
     of_timm = len(_OF_TIMM & values.keys()) > 1  # a single one is rather a mistake in a user's own
     if of_timm:
         values = _translated(values)
-    options = {
-        name: {action.dest: action for action in parser._actions if action.option_strings and action.dest != "config"}
-        for name, parser in parsers.items()
-    }
-    passed_over = _unknown(path, values, {key for known in options.values() for key in known}, of_timm)
-    parser, known = parsers[command], options[command]
+    known = {name: option for name, option in options.items() if not option.positional and name != "config"}
+    passed_over = _unknown(path, values, known.keys() | others, of_timm)
     taken = {
-        key: value
-        for key, value in values.items()
-        if key in known and (value not in _EMPTY or (value is None and key in _NULLABLE))
+        name: value
+        for name, value in values.items()
+        if name in known and (value not in _EMPTY or (value is None and known[name].nullable))
     }
-    given = _given(parser, arguments)
-    for group in parser._mutually_exclusive_groups:
-        members = [action.dest for action in group._group_actions]
-        if given & set(members):  # the file's choice gives way to the command line's
-            taken = {key: value for key, value in taken.items() if key not in members}
-        elif sum(key in taken for key in members) > 1:
+    for choice in {option.one_of for option in known.values()} - {None}:
+        members = [name for name, option in known.items() if option.one_of == choice]
+        if any(_is_given(known[name], arguments) for name in members):
+            taken = {name: value for name, value in taken.items() if name not in members}
+        elif sum(name in taken for name in members) > 1:
             raise ValueError(f"{path}: only one of {', '.join(members)} can be given")
-        elif any(key in taken for key in members):
-            group.required = False
-    for key, value in taken.items():
-        known[key].default = None if value is None else _value(path, key, known[key], value)
-        known[key].required = False
+    converted = {
+        name: None if value is None else _value(f"{path}: {name}", known[name].arguments, value)
+        for name, value in taken.items()
+    }
     if passed_over:
         print(
             f"pm-vit: warning: {path} is timm's; its options that pm-vit does not have are passed over: "
             f"{', '.join(passed_over)}",
             file=sys.stderr,
         )
+    return converted
 
 
 def _unknown(path: Path, values: dict, known: set[str], of_timm: bool) -> list[str]:
@@ -133,7 +131,7 @@ def find_task(arguments: list[str], tasks: Collection[str], default: str) -> str
     What is none of ``tasks`` is left for the parser to refuse.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`apply_config` does.
+        FileNotFoundError, ValueError: as :func:`read_config` does.
     """
     named = _finder("--task").parse_known_args(arguments)[0].task
     if named is None and (path := _config_path(arguments)) is not None:
@@ -172,69 +170,62 @@ def _read(path: Path) -> dict:
     return named
 
 
-def _given(parser: argparse.ArgumentParser, arguments: list[str]) -> set[str]:
-    """The options that stand on the command line, abbreviated or not."""
-    found = set()
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if name.startswith("--"):
-            found |= {
-                action.dest
-                for action in parser._actions
-                if any(option.startswith(name) for option in action.option_strings)
-            }
-    return found
+def _is_given(option: Option, arguments: list[str]) -> bool:
+    """Whether an option stands on the command line, abbreviated or not."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    return any(flag.startswith(name) for flag in option.flags for name in names)
 
 
-def _value(path: Path, key: str, action: argparse.Action, value: object) -> object:
-    """A value as the command line would have given it.
+def _value(where: str, arguments: dict[str, Any], value: object) -> object:
+    """A value as the command line would have given it, by the arguments of ``add_argument``.
 
     Raises:
         ValueError: the option takes no such value.
     """
-    if action.nargs == 0:
+    action, nargs, choices = (arguments.get(name) for name in ("action", "nargs", "choices"))
+    if action is ParseKwargs:
+        return _names_and_values(where, value)
+    if action is not None:
         if (truth := _TRUTH.get(str(value).lower())) is None:
-            raise ValueError(f"{path}: {key} must be true or false, got {value!r}")
+            raise ValueError(f"{where} must be true or false, got {value!r}")
         return truth
-    if isinstance(action, ParseKwargs):
-        return _names_and_values(path, key, action, value)
     if isinstance(value, dict):
-        raise ValueError(f"{path}: {key} takes no names and values, got {value!r}")
-    several = action.nargs is not None
-    values = value if isinstance(value, list) else str(value).replace(",", " ").split() if several else [value]
-    if action.nargs is None:
+        raise ValueError(f"{where} takes no names and values, got {value!r}")
+    values = value if isinstance(value, list) else [value] if nargs is None else str(value).replace(",", " ").split()
+    if nargs is None:
         fits, expected = not isinstance(value, list), "one value"
-    elif action.nargs == "+":
+    elif nargs == "+":
         fits, expected = len(values) > 0, "a list"
     else:
-        fits, expected = len(values) == action.nargs, f"{action.nargs} values"
+        fits, expected = len(values) == nargs, f"{nargs} values"
     if not fits:
-        raise ValueError(f"{path}: {key} takes {expected}, got {value!r}")
+        raise ValueError(f"{where} takes {expected}, got {value!r}")
     try:
-        converted = [_converted(action, item) for item in values]
+        converted = [_converted(arguments.get("type"), item) for item in values]
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{path}: {key}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     for item in converted:
-        if action.choices is not None and item not in action.choices:
-            raise ValueError(f"{path}: {key} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
-    return converted if several else converted[0]
+        if choices is not None and item not in choices:
+            raise ValueError(f"{where} must be one of {', '.join(map(str, choices))}, got {item!r}")
+    return converted[0] if nargs is None else converted
 
 
-def _converted(action: argparse.Action, item: object) -> object:
+def _converted(convert: Callable[[str], object] | None, item: object) -> object:
     if isinstance(item, bool):
         raise ValueError(f"takes no true or false, got {item!r}; a word stands in quotes")
-    if action.type is None:
+    if convert is None:
         return str(item)
-    return action.type(str(int(item) if isinstance(item, float) and item.is_integer() else item))
+    return convert(str(int(item) if isinstance(item, float) and item.is_integer() else item))
 
 
-def _names_and_values(path: Path, key: str, action: ParseKwargs, value: object) -> dict:
+def _names_and_values(where: str, value: object) -> dict:
     """A dict, or ``NAME=VALUE`` as on the command line, one or a list of them."""
     if isinstance(value, dict):
         return value
     parsed = argparse.Namespace()
     try:
-        action(None, parsed, [str(item) for item in (value if isinstance(value, list) else str(value).split())])
+        texts = [str(item) for item in (value if isinstance(value, list) else str(value).split())]
+        ParseKwargs([], "values", nargs="*")(None, parsed, texts)
     except ValueError as error:
-        raise ValueError(f"{path}: {key} takes names and values, got {value!r}") from error
-    return getattr(parsed, action.dest)
+        raise ValueError(f"{where} takes names and values, got {value!r}") from error
+    return parsed.values

@@ -1,6 +1,5 @@
-"""The commands that need no data set: what ``pm-vit export``, ``show`` and ``bench`` do with parsed options."""
+"""What the commands do that need no data set: export, show, bench and demo."""
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -11,22 +10,29 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
-from .budget import LatencyTable, measure_latency
-from .checkpoints import CONFIG_NAME
-from .export import export_model
-from .files import write_atomically
-from .images import read_image
-from .loading import load_model
-from .measure import alternate, throughput
-from .models import compression_of, input_size, tokens_of, uncompressed
-from .plan import CompressionPlan
-from .report import format_table
-from .visualize import save_latency_picture, save_plan_picture
+from ..budget import LatencyTable, measure_latency
+from ..checkpoints import CONFIG_NAME
+from ..export import export_model
+from ..files import write_atomically
+from ..images import read_image
+from ..loading import load_model
+from ..measure import alternate, throughput
+from ..models import compression_of, input_size, tokens_of, uncompressed
+from ..plan import CompressionPlan
+from ..report import format_table
+from ..visualize import save_latency_picture, save_plan_picture
+from .options import Bench, Demo, Export, Show
 
 _PIXELS = 448  # of the longer side of a picture under a plan
 
 
-def export(options: argparse.Namespace) -> None:
+def demo(options: Demo) -> None:
+    from ..demo import run_demo  # scikit-learn is read for the demo alone
+
+    run_demo(options.output, seed=options.seed)
+
+
+def export(options: Export) -> None:
     _check_new(options.output)
     model = load_model(options.model)
     on_cpu = options.format == "onnx" or options.device == "cpu" or not torch.cuda.is_available()
@@ -51,7 +57,7 @@ def export(options: argparse.Namespace) -> None:
     print(speed)
 
 
-def show(options: argparse.Namespace) -> None:
+def show(options: Show) -> None:
     plan = _plan_of(options.plan)
     count = len(options.images)
     outputs = [options.output]
@@ -64,7 +70,7 @@ def show(options: argparse.Namespace) -> None:
         print(f"picture: {output}")
 
 
-def bench(options: argparse.Namespace) -> None:
+def bench(options: Bench) -> None:
     model = load_model(options.model, option="MODEL").eval()
     plain = uncompressed(model)
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")

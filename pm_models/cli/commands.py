@@ -1,0 +1,366 @@
+"""What train, compress, finetune and eval do with their options."""
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from timm.task.task import TrainingTask
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..budget import fit_gmacs, fit_speedup
+from ..checkpoints import CONFIG_NAME, load_pretrained, save_pretrained
+from ..files import write_atomically
+from ..measure import count_gmacs, throughput
+from ..models import Model, compression_of, encoder_of, input_size, tokens_of, uncompressed
+from ..plan import CompressionPlan
+from ..report import compare
+from ..run_settings import flat_settings, refuse_other_settings
+from ..scoring import score_tokens
+from ..segmenter import Segmenter
+from ..training import Recipe, fit, make_accelerator
+from ..vision_transformer import check_vision_transformer, compress
+from ..visualize import save_accuracy_picture, save_plan_picture
+from .arguments import options_of
+from .options import DEFAULT_TASK, Command, Compress, CompressionOptions, Eval, Finetune, ModelOptions, Train
+from .tasks import TASKS, Task
+
+_STATE = "state"
+_SUMMARY = "training.json"
+_COMPRESSED = "compressed"
+_SETTINGS = "settings.json"  # beside a model that finetune compressed
+_PICTURED_IMAGES = 3
+
+
+def train(options: Train) -> None:
+    task = _begin(options)
+    model, (train_set, eval_set) = task.open(options.data.train_split, options.data.val_split)
+    check_vision_transformer(encoder_of(model))
+    _fit_and_save(task, task.losses(model), train_set, eval_set)
+
+
+def compress_model(options: Compress) -> None:
+    task = _begin(options)
+    model, (train_set,) = task.open(options.data.train_split)
+    _compress_into(options.output, task, model, train_set)
+    flag = "" if options.task == DEFAULT_TASK else f"--task {options.task} "
+    task.accelerator.print(
+        f"compressed model: {options.output}; next: pm-vit finetune {options.data.data_dir} {flag}--model "
+        f"{options.output}"
+    )
+
+
+def finetune(options: Finetune) -> None:
+    task = _begin(options)
+    model, (train_set, eval_set) = task.open(options.data.train_split, options.data.val_split)
+    source = options.model.model
+    if compression_of(model) is None:
+        source = options.output / _COMPRESSED
+        settings = _settings(options, left_out=("training", "augmentation", "crops", "distillation"))
+        del settings["val_split"]
+        settings |= {"seed": options.device.seed, "mixed_precision": task.accelerator.mixed_precision}
+        if (source / CONFIG_NAME).is_file():
+            _check_compressed(options.compression, source, settings)
+        else:
+            _check_compression(options)
+            _compress_into(source, task, model, train_set, settings)
+        task.accelerator.wait_for_everyone()
+        model = load_pretrained(source)
+    teacher = _teacher(options.distillation.teacher, model, source)
+    _fit_and_save(task, task.losses(model, teacher), train_set, eval_set)
+
+
+def evaluate_model(options: Eval) -> None:
+    task = _begin(options)
+    accelerator, batch = task.accelerator, options.data.batch_size
+    model, (eval_set,) = task.open(options.data.val_split)
+    model.to(accelerator.device).eval()
+    loader = task.evaluation_loader(eval_set, model)
+    _warn_of_random_weights(options.model)
+    result = task.evaluator(model, loader, accelerator=accelerator)
+    if not accelerator.is_main_process:
+        return
+    size = input_size(model)
+    result |= {
+        "model": options.model.model,
+        "gmacs": count_gmacs(model, size),
+        "param_count": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "samples_per_sec": _throughput(task, {"model": model})["model"],
+    }
+    print(
+        f"{task.in_words(result)}; {result['gmacs']:.4g} GMACs, {result['param_count']:.2f} M parameters, "
+        f"{result['samples_per_sec']:.0f} images/s of {size[1]} x {size[2]} pixels at batch {batch} on "
+        f"{accelerator.device.type}"
+    )
+    if options.results_file is not None:
+        _write_json(options.results_file, result)
+
+
+def _begin(options: Command) -> Task:
+    """Check where the output goes, seed what is random in a new model, and form the group of processes."""
+    if not isinstance(options, Eval):
+        _check_output(options.output)
+    device = options.device
+    set_seed(device.seed)
+    precision = {"bfloat16": "bf16", "float16": "fp16"}[device.amp_dtype] if device.amp else "no"
+    logs = options.output / "logs" if isinstance(options, Train) and options.training.log_tensorboard else None
+    accelerator = make_accelerator(mixed_precision=precision, cpu=device.device == "cpu", tensorboard=logs)
+    return TASKS[options.task](options, accelerator)
+
+
+# --- Compressing.
+
+
+def _compress_into(
+    output: Path, task: Task, model: Model, train_set: Dataset, settings: dict[str, object] | None = None
+) -> None:
+    """Score the model's tokens, plan by the rates or the budget asked for, and save the compressed model and its plan.
+
+    Every process scores its share of the batches; the first one saves, ``settings`` too where they are given.
+    """
+    accelerator, compression, chosen = task.accelerator, task.options.compression, task.options.model
+    plain = uncompressed(model)
+    encoder = encoder_of(plain)
+    check_vision_transformer(encoder)
+    for part in (model, plain):
+        part.to(accelerator.device)
+    grid, prefix = tuple(encoder.patch_embed.grid_size), encoder.num_prefix_tokens
+
+    def plan_of(scores: Tensor, keep_rate: float) -> CompressionPlan:
+        return CompressionPlan.from_scores(scores, grid, keep_rate, num_prefix_tokens=prefix, **compression.planning())
+
+    # Wrong rates are told before the scoring.
+    plan_of(torch.ones(len(encoder.blocks), encoder.patch_embed.num_patches), compression.keep_rate or 1e-6)
+    _warn_of_random_weights(chosen)
+    with accelerator.autocast():
+        scores = _scores(task, model, train_set)
+        if not accelerator.is_main_process:
+            return
+        make_model = partial(
+            plain.compressed if isinstance(plain, Segmenter) else partial(compress, plain), **compression.compressing()
+        )
+        plan = _plan(task, plain, partial(plan_of, scores), make_model)
+    compressed = make_model(plan)
+    output.mkdir(parents=True, exist_ok=True)
+    if plain is not model:  # its plain weights were trained to be compressed: no teacher
+        _write_json(output / _SUMMARY, {"command": "compress", "model": chosen.model})
+    if settings is not None:
+        _write_json(output / _SETTINGS, settings)
+    plan.save(output / "plan.json")
+    save_plan_picture(plan, output / "plan.png")
+    save_pretrained(compressed, output, model_args=_model_args(chosen))
+    before, after = (count_gmacs(part, input_size(plain)) for part in (plain, compressed))
+    print(plan)
+    print(f"GMACs per image: {before:.4g} before, {after:.4g} after ({after / before:.1%})")
+
+
+def _scores(task: Task, model: Model, train_set: Dataset) -> Tensor:
+    accelerator, batches = task.accelerator, task.options.compression.score_batches
+    loader = task.scoring_loader(train_set, model)
+    share = len(range(accelerator.process_index, min(batches, len(loader)), accelerator.num_processes))
+    bar = tqdm(accelerator.prepare(loader), "score", leave=False, total=share, disable=not accelerator.is_main_process)
+    return score_tokens(model, bar, batches=share, loss_fn=task.loss)
+
+
+def _plan(
+    task: Task,
+    model: Model,
+    make_plan: Callable[[float], CompressionPlan],
+    make_model: Callable[[CompressionPlan], Model],
+) -> CompressionPlan:
+    """The plan of the keep rate, or of the budget, that was asked for."""
+    wanted, batch, device = task.options.compression, task.options.data.batch_size, task.accelerator.device
+    if wanted.keep_rate is not None:
+        return make_plan(wanted.keep_rate)
+    model.eval()
+    if wanted.target_gmacs is not None:
+        fit_ = fit_gmacs(model, make_plan, make_model, wanted.prune_rate, wanted.target_gmacs)
+        print(f"keep rate {fit_.keep_rate:.3f} for {wanted.target_gmacs:g} GMACs: {fit_.value:.4g}")
+    else:
+        images = torch.randn(batch, *input_size(model), device=device)
+        fit_ = fit_speedup(model, make_plan, make_model, wanted.prune_rate, wanted.target_speedup, images)
+        print(
+            f"keep rate {fit_.keep_rate:.3f} for {wanted.target_speedup:g} times the speed: {fit_.value:.3f} times, "
+            f"measured at batch {batch} on {device.type}"
+        )
+    return fit_.plan
+
+
+def _check_compression(options: Finetune) -> None:
+    """What compressing needs, told before the scoring."""
+    if options.compression.prune_rate is None or not options.compression.has_budget:
+        raise ValueError(
+            f"{options.model.model} is uncompressed: give --keep-rate (or --target-gmacs, --target-speedup) and "
+            "--prune-rate, or a folder that pm-vit compress wrote"
+        )
+
+
+def _check_compressed(compression: CompressionOptions, source: Path, settings: dict[str, object]) -> None:
+    """Refuse what a stopped run has compressed with other settings; without any rate, its own are meant."""
+    if not (source / _SETTINGS).is_file():
+        raise ValueError(f"{source} does not tell what it was compressed with; delete it, or name it with --model")
+    began = json.loads((source / _SETTINGS).read_text(encoding="utf-8"))
+    if compression.prune_rate is None and not compression.has_budget:
+        meant = {field.name for field in fields(CompressionOptions)}
+        began, settings = (
+            {name: value for name, value in values.items() if name not in meant} for values in (began, settings)
+        )
+    refuse_other_settings({"settings": began}, {"settings": settings}, source)
+
+
+def _teacher(folder: Path | None, model: Model, source: str | Path) -> Model:
+    """The uncompressed model to distil from; by default the model as it was before compression."""
+    if folder is not None:
+        teacher = load_pretrained(folder)
+        if type(teacher) is not type(model.uncompressed()):
+            raise ValueError(
+                f"--teacher {folder} holds a {type(teacher).__name__}, expected what the model was before compression"
+            )
+        if teacher.num_classes != model.num_classes:
+            raise ValueError(f"--teacher {folder} has {teacher.num_classes} classes, the model has {model.num_classes}")
+        return teacher
+    if not Path(source).is_dir():
+        return model.uncompressed()
+    if (Path(source) / _SUMMARY).is_file():
+        raise ValueError(
+            f"{source} is fine-tuned already: its weights are no longer those of the uncompressed model; "
+            "name the uncompressed model's folder with --teacher"
+        )
+    return load_pretrained(source, uncompressed=True)
+
+
+# --- Training.
+
+
+def _fit_and_save(task: Task, losses: TrainingTask, train_set: Dataset, eval_set: Dataset) -> None:
+    """Train the model that the losses are of, continuing a stopped run, and save it with its results."""
+    options, accelerator, output = task.options, task.accelerator, task.options.output
+    model = losses.trainable_module
+    encoder_of(model).set_grad_checkpointing(options.training.grad_checkpointing)
+    recipe = options.recipe(accelerator.num_processes)
+    eval_loader = task.evaluation_loader(eval_set, model)
+    results = fit(
+        losses,
+        task.training_loader(train_set, model),
+        eval_loader,
+        recipe,
+        accelerator=accelerator,
+        evaluator=task.evaluator,
+        state_dir=output / _STATE,
+        settings=_settings(options, left_out=("compression",)),
+        recovery_interval=options.training.recovery_interval,
+        summary=output / "summary.csv",
+        name=options.command,
+    )
+    model = losses.trainable_module.eval()
+    models, quality = {options.command: model}, {options.command: getattr(results[-1], task.quality)}
+    if compression_of(model) is not None:
+        teacher = losses.teacher if isinstance(model, Segmenter) else losses.teacher.model
+        models = {"dense": teacher.eval(), **models}
+        quality["dense"] = task.evaluator(teacher, eval_loader, accelerator=accelerator)[task.quality]
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
+    summary = {"command": options.command, "recipe": asdict(recipe), "epochs": [asdict(result) for result in results]}
+    rows = _compared(task, models, quality)
+    _save_pictures(task, models, eval_set, rows)
+    _write_json(output / _SUMMARY, summary | {"models": rows})
+    # Last, as the model's configuration is what tells a finished run from one to continue.
+    save_pretrained(model, output, model_args=_model_args(options.model), results=rows)
+    for state in (_STATE, f"{_STATE}.old"):  # the model is saved: nothing is left to continue
+        shutil.rmtree(output / state, ignore_errors=True)
+    print(compare(rows))
+    print(f"model: {output}")
+
+
+def _compared(task: Task, models: dict[str, Model], quality: dict[str, float]) -> dict[str, dict]:
+    """Accuracy, GMACs, speed and tokens of the models."""
+    speed = _throughput(task, models)
+    return {
+        name: {
+            task.quality: quality[name],
+            "gmacs": count_gmacs(model, input_size(model)),
+            "images_per_second": speed[name],
+            "tokens": tokens_of(model),
+        }
+        for name, model in models.items()
+    }
+
+
+def _throughput(task: Task, models: dict[str, Model]) -> dict[str, float]:
+    """Images a second at ``--batch-size``, of models of images of the same size."""
+    accelerator, size = task.accelerator, input_size(next(iter(models.values())))
+    images = torch.randn(task.options.data.batch_size, *size, device=accelerator.device)
+    with accelerator.autocast():
+        return throughput(models, images, rounds=5)
+
+
+def _save_pictures(task: Task, models: dict[str, Model], eval_set: Dataset, rows: dict[str, dict]) -> None:
+    """Predictions, the plan over sample images, and accuracy against throughput, where there are any."""
+    model, output = models[task.options.command], task.options.output
+    task.save_predictions(eval_set, models, _PICTURED_IMAGES, output / "predictions.png")
+    compression = compression_of(model)
+    if compression is None:
+        return
+    for index, image in enumerate(task.samples(eval_set, model, _PICTURED_IMAGES), 1):
+        save_plan_picture(compression.plan, output / f"plan-{index}.png", image)
+    points = {name: (row["images_per_second"], row[task.quality]) for name, row in rows.items()}
+    save_accuracy_picture(points, output / "accuracy.png", quality=task.quality_name)
+
+
+# --- What is recorded, told and checked.
+
+
+def _settings(options: Train, left_out: Collection[str]) -> dict[str, object]:
+    """The options that decide what is computed, but for the recipe's and groups ``left_out``; paths in full."""
+    recipe = {field.name for field in fields(Recipe)}
+    kinds, values = options_of(type(options), options.task), options.values()
+    given = {"command": options.command}
+    for name, kind in kinds.items():
+        if kind.recorded and name not in recipe and kind.group not in left_out:
+            given[name] = values[name]
+    for name in {"data_dir", "model", "checkpoint", "teacher"} & given.keys():
+        if given[name] is not None and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
+    return flat_settings(given)
+
+
+def _model_args(chosen: ModelOptions) -> dict[str, object]:
+    """What a named model was made with; a saved folder tells that itself."""
+    return {} if chosen.is_folder else chosen.model_kwargs
+
+
+def _warn_of_random_weights(chosen: ModelOptions) -> None:
+    if not chosen.is_folder and chosen.checkpoint is None and not chosen.pretrained:
+        warnings.warn(
+            f"{chosen.model} has random weights: name a folder that pm-vit train wrote, or give --checkpoint or "
+            "--pretrained",
+            stacklevel=2,
+        )
+
+
+def _check_output(output: Path) -> None:
+    """Refuse an output that is there already or cannot be written, before the work."""
+    if (output / CONFIG_NAME).exists():
+        raise FileExistsError(f"{output} holds a finished model; choose another --output, or delete it")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output {output} is a file, expected a folder or nothing")
+    above = output
+    while not above.exists():
+        above = above.parent
+    try:
+        tempfile.TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise OSError(f"--output {output} cannot be written: {error}") from error
+
+
+def _write_json(path: Path, values: dict) -> None:
+    write_atomically(path, json.dumps(values, indent=2).encode())

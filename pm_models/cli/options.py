@@ -1,0 +1,425 @@
+"""The options of every command. What ``--help`` says about a command is its class's docstring."""
+
+import argparse
+import os
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from ..compression import MERGE_SITES, OPTIONS, SHORTCUTS
+from ..export import FORMATS, OPSETS
+from ..segmenter import DECODERS
+from ..training import IGNORED, SCHEDULES, Recipe
+from .arguments import group, option, options_of
+from .config import shipped_configs
+
+DEFAULT_TASK = "classification"
+_LEARNING_RATES = {"train": 5e-4, "finetune": 1e-4}
+_NAMED_MODEL = "a timm Vision Transformer's name (hf-hub:... and local-dir:... too), a folder saved by pm-vit"
+
+_classifying = partial(option, only="classification")
+_segmenting = partial(option, only="segmentation")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _stages(text: str) -> list[tuple[int, int]]:
+    """``3-5,6-11`` as [(3, 5), (6, 11)]; a single block may stand alone."""
+    try:
+        return [tuple(int(block) for block in (part.split("-") * 2)[:2]) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected blocks such as 0-2,3-5,6, got {text!r}") from None
+
+
+# --- Groups of options.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which images, and how they are loaded and prepared."""
+
+    data_dir: Path = option(
+        "folder with train/CLASS/IMAGES and validation/CLASS/IMAGES, of any kind that Pillow reads",
+        positional="DATA",
+        segmentation={
+            "help": "Cityscapes' or ADE20K's folder (annotations/, 150 classes), or one with images/train, "
+            "labels/train, images/validation, ..."
+        },
+    )
+    ignore_index: int = _segmenting(f"label of pixels to leave out, as {IGNORED} is", IGNORED)
+    dataset: str = _classifying("a data set that timm reads instead of folders, such as torch/cifar10", "")
+    train_split: str = option("folder or split to train on", "train")
+    val_split: str = option("folder or split to evaluate on", "validation")
+    batch_size: int = option("images per batch and process", 128, "-b", type=_positive, segmentation={"default": 8})
+    workers: int = option("processes that load images", min(4, os.cpu_count() or 1), "-j", recorded=False)
+    crop_pct: float | None = _classifying("share of the image's side that evaluation sees (the model's)", None)
+    interpolation: str | None = _classifying("how evaluation resizes images (the model's)", None)
+    mean: tuple[float, ...] | None = option("mean of each channel (the model's)", None)
+    std: tuple[float, ...] | None = option("standard deviation of each channel (the model's)", None)
+
+    def preparation(self) -> dict[str, object]:
+        """What is said about preparing images, by the names that timm's loader has for it."""
+        names = ("crop_pct", "interpolation", "mean", "std")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice:
+    """Which device computes."""
+
+    device: Literal["auto", "cpu"] = option("auto: a GPU if there is one", "auto", recorded=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(OnDevice):
+    """Which device computes, in which precision, and from which seed."""
+
+    amp: bool = option("mixed precision", False, action=argparse.BooleanOptionalAction, recorded=False)
+    amp_dtype: Literal["bfloat16", "float16"] = option("its type", "bfloat16", recorded=False)
+    seed: int = option("random seed", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and what it is made with."""
+
+    model: str = option(_NAMED_MODEL, segmentation={"help": f"{_NAMED_MODEL}, or a published Segmenter's folder"})
+    checkpoint: Path | None = option(
+        "file with the named model's weights: .safetensors, or what torch.save wrote (.pth, .pth.tar, .ckpt, ...)", None
+    )
+    pretrained: bool = option("let timm download weights for the named model", False)
+    num_classes: int | None = option("classes (as many as the data has)", None, type=_positive)
+    img_size: int | None = option(
+        "image size in pixels (the named model's)",
+        None,
+        type=_positive,
+        segmentation={"help": "side of the crops and windows in pixels (the named model's)"},
+    )
+    decoder: str = _segmenting("what is on the named model", DECODERS[0], choices=DECODERS)
+    decoder_kwargs: dict[str, object] = _segmenting(
+        "of the mask transformer: depth=2 heads=3 drop_path=0.0 dropout=0.1", {}
+    )
+    in_chans: int | None = _classifying("image channels, 1 or 3 (3)", None, type=_positive)
+    model_kwargs: dict[str, object] = option("more arguments of timm.create_model, such as depth=6 embed_dim=192", {})
+
+    @property
+    def is_folder(self) -> bool:
+        return Path(self.model).is_dir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionOptions:
+    """How many tokens are kept, and how a model is compressed."""
+
+    keep_rate: float | None = option(
+        "share of all patches kept as tokens, such as 0.6", None, one_of="budget", compress={"required": True}
+    )
+    target_gmacs: float | None = option("the keep rate with at most so many GMACs an image", None, one_of="budget")
+    target_speedup: float | None = option(
+        "the keep rate that is so many times as fast in inference, measured on this device at --batch-size",
+        None,
+        one_of="budget",
+    )
+    prune_rate: float | None = option(
+        "share that skips its block, such as 0.1; the rest is merged", None, compress={"required": True}
+    )
+    score_decay: float = option("scores of block l times 1 - l * this", 0.025, compress={"flags": ("--layer-decay",)})
+    score_batches: int = option("batches to score on", 16, type=_positive)
+    allocation: Literal["global", "layer"] = option(
+        "global: each block finds its own number of tokens; layer: the rates hold in every block", "global"
+    )
+    row_weights: Literal["sum", "average"] = option(
+        "a merged token is the weighted sum (the paper) or average of its patches", "sum"
+    )
+    segments: Literal["raster", "nearest"] = option(
+        "merge into the nearer kept patch along the row (the paper) or the nearest in the grid", "raster"
+    )
+    stages: list[tuple[int, int]] | None = option(
+        "blocks that share merged tokens, such as 3-5,6-8; blocks left out stay uncompressed (each block its own)",
+        None,
+        type=_stages,
+    )
+    train_matrices: Literal["support", "dense", "none"] = option(
+        "what fine-tuning may change of the matrices: the plan's nonzeros, all entries, nothing", "support"
+    )
+    size_bias: bool = option("attend in proportion to the patches that a token stands for", False)
+    shortcut: str = option(
+        "what skips a block: pruned tokens, as in the paper, or all that the merge leaves out",
+        SHORTCUTS[0],
+        choices=SHORTCUTS,
+    )
+    merge_site: str = option(
+        "merge tokens before the block, as in the paper, or inside its attention", MERGE_SITES[0], choices=MERGE_SITES
+    )
+
+    @property
+    def has_budget(self) -> bool:
+        return (self.keep_rate, self.target_gmacs, self.target_speedup) != (None, None, None)
+
+    def planning(self) -> dict[str, object]:
+        """The arguments of :meth:`~pm_models.CompressionPlan.from_scores` but for the scores and the keep rate."""
+        same = ("prune_rate", "allocation", "row_weights", "segments", "stages")
+        return {"layer_decay": self.score_decay} | {name: getattr(self, name) for name in same}
+
+    def compressing(self) -> dict[str, object]:
+        """The arguments of :func:`pm_models.compress` but for the model and the plan."""
+        values = {name: getattr(self, name) for name in OPTIONS if name != "plan"}
+        return values | {"train_matrices": None if self.train_matrices == "none" else self.train_matrices}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """What a compressed model learns from."""
+
+    teacher: Path | None = option("folder of the uncompressed model (the model as it was before compression)", None)
+    distill_alpha: float = option("weight of the distillation loss", 1.0)
+    distill_temperature: float = option("its temperature", 20.0)
+
+    def weighting(self) -> dict[str, float]:
+        """The arguments of the distillation losses."""
+        return {"alpha": self.distill_alpha, "temperature": self.distill_temperature}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The fields of a :class:`~pm_models.training.Recipe`, what its learning rate is told by, and the losses."""
+
+    epochs: int = option("passes over the data", 100, type=_positive, finetune={"default": 30})
+    opt: str = option("timm's name of the optimiser", Recipe.opt)
+    sched: str = option("how the learning rate falls", Recipe.sched, choices=SCHEDULES)
+    lr: float | None = option(
+        "peak learning rate (from --lr-base, or 0.0005)",
+        None,
+        finetune={"help": "peak learning rate (from --lr-base, or 0.0001)"},
+    )
+    lr_base: float | None = option("peak learning rate for --lr-base-size images a step", None, recorded=False)
+    lr_base_size: int = option("images a step that --lr-base is for", 512, type=_positive, recorded=False)
+    lr_base_scale: Literal["linear", "sqrt"] = option(
+        "how the learning rate grows with the images a step", "linear", recorded=False
+    )
+    warmup_lr: float | None = option("learning rate that warm-up begins with (a thousandth)", Recipe.warmup_lr)
+    min_lr: float = option("learning rate at the end", Recipe.min_lr)
+    layer_decay: float | None = option("learning rate of a block over that of the next (1)", Recipe.layer_decay)
+    weight_decay: float = option("weight decay", Recipe.weight_decay, finetune={"default": 1e-3})
+    warmup_epochs: int = option("epochs of warm-up", 5, finetune={"default": 0})
+    clip_grad: float | None = option("largest gradient norm", Recipe.clip_grad)
+    grad_accum_steps: int = option("batches that make one step", Recipe.grad_accum_steps, type=_positive)
+    model_ema: bool = option("evaluate and save a moving average of the weights", False, recorded=False)
+    model_ema_decay: float = option("its decay", 0.9998)
+    grad_checkpointing: bool = option("trade time for activation memory", False, recorded=False)
+    smoothing: float = _classifying("label smoothing", 0.1, finetune={"default": 0.0})
+    mixup: float = _classifying("alpha of mixup; 0: none", Recipe.mixup)
+    cutmix: float = _classifying("alpha of cutmix; 0: none", Recipe.cutmix)
+    recovery_interval: int = option(
+        "also keep the state after every so many steps of an epoch (%(default)s: after epochs alone)", 0, recorded=False
+    )
+    log_tensorboard: bool = option("also write the output folder's logs/", False, recorded=False)
+
+
+_LOADER_NAMES = {
+    "aa": "auto_augment",
+    "train_interpolation": "interpolation",
+    "reprob": "re_prob",
+    "remode": "re_mode",
+    "recount": "re_count",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions:
+    """How timm changes training images, by the names of its ``train.py``."""
+
+    no_aug: bool = option("none: training images are prepared as in evaluation", False)
+    scale: tuple[float, float] | None = option("area of the random crop (0.08 1)", None, metavar=("MIN", "MAX"))
+    ratio: tuple[float, float] | None = option("its aspect ratio (0.75 1.33)", None, metavar=("MIN", "MAX"))
+    hflip: float = option("probability of a flip left to right", 0.5)
+    vflip: float = option("probability of a flip upside down", 0.0)
+    color_jitter: float = option("strength of colour jitter", 0.4)
+    aa: str | None = option("policy, such as rand-m9-mstd0.5-inc1; takes the place of colour jitter (none)", None)
+    train_interpolation: str | None = option("how crops are resized (the model's)", None)
+    reprob: float = option("probability of random erasing", 0.0)
+    remode: str = option("what is put there", "pixel")
+    recount: int = option("how many areas are erased", 1)
+
+    def loading(self) -> dict[str, object]:
+        """What is said, by the names that timm's loader has for it."""
+        values = {_LOADER_NAMES.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropOptions:
+    """How training images of a Segmenter are changed."""
+
+    scale: tuple[float, float] = option(
+        "shorter side of the image over that of the crop, at random", (0.5, 2.0), metavar=("MIN", "MAX")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """How a Segmenter goes over images that are larger than its own."""
+
+    stride: int | None = option("pixels from one window to the next (its side less 32)", None, type=_positive)
+    scales: tuple[float, ...] = option("sizes of the image to average over", (1.0,))
+    flip: bool = option("average over mirrored images too", False)
+
+
+# --- Commands on data.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What train, compress, finetune and eval have in common."""
+
+    config: str | None = option(
+        "YAML file of options, by their long names, or the args.yaml of timm's train.py; the command line's own "
+        f"options come before it. Shipped with pm-vit: {', '.join(shipped_configs())}",
+        None,
+        "-c",
+        metavar="FILE",
+        recorded=False,
+    )
+    task: Literal["classification", "segmentation"] = option(
+        "one class for each image, or for each pixel; with --help, shows the options of that", DEFAULT_TASK
+    )
+    data: DataOptions = group("data")
+    device: DeviceOptions = group("device")
+    model: ModelOptions = group("model")
+
+    @property
+    def command(self) -> str:
+        return type(self).__name__.lower()
+
+    def values(self) -> dict[str, object]:
+        """Every option that there is for the task, by name."""
+        return {
+            name: getattr(self if option.group is None else getattr(self, option.group), name)
+            for name, option in options_of(type(self), self.task).items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving(Command):
+    """What commands have in common that write a model."""
+
+    output: Path = option("folder to write to", recorded=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Saving):
+    """Train an uncompressed model on labelled images.
+
+    It is a timm Vision Transformer, or a Segmenter on one; a model that is trained already is trained further.
+    """
+
+    training: TrainingOptions = group("training (a stopped run with the same --output continues)")
+    augmentation: AugmentationOptions = group("augmentation, as timm has it", only="classification")
+    crops: CropOptions = group("augmentation", only="segmentation")
+
+    def recipe(self, processes: int) -> Recipe:
+        """The recipe for a number of processes, as ``--lr-base`` is for the images of a step."""
+        values, told = self.values(), self.training
+        lr = _LEARNING_RATES[self.command] if told.lr is None else told.lr
+        if told.lr is None and told.lr_base is not None:
+            share = self.data.batch_size * processes * told.grad_accum_steps / told.lr_base_size
+            lr = told.lr_base * (share if told.lr_base_scale == "linear" else share**0.5)
+        known = {field.name: values[field.name] for field in fields(Recipe) if field.name in values}
+        return Recipe(**known | {"lr": lr, "model_ema_decay": told.model_ema_decay if told.model_ema else None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(Saving):
+    """Score a trained model's tokens, plan, and compress it.
+
+    Tokens are scored on training images; the compressed model is saved with the plan and its picture. Fine-tuning comes
+    next. A model that is compressed already is scored as it is, and its plain weights are compressed anew.
+    """
+
+    compression: CompressionOptions = group("compression")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Train):
+    """Fine-tune a compressed model, distilling from the uncompressed one.
+
+    The distillation is soft. An uncompressed model is compressed first, as pm-vit compress does it.
+    """
+
+    distillation: DistillationOptions = group("distillation")
+    compression: CompressionOptions = group("compression, of a --model that is not compressed yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Command):
+    """Measure accuracy or mIoU, GMACs and throughput of a model, compressed or not, on labelled images."""
+
+    windows: WindowOptions = group("sliding windows", only="segmentation")
+    results_file: Path | None = option("write the results as JSON", None)
+
+
+# --- Commands without data.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Go the whole path on scikit-learn's digits, in a few minutes on a CPU.
+
+    A small ViT is trained, compressed and fine-tuned, and both are compared.
+    """
+
+    output: Path = option("folder to write to", Path("pm-vit-demo"))
+    seed: int = option("random seed", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(OnDevice):
+    """Write a model to a file that runs without pm-vit.
+
+    The file is run, to tell how its results and its speed differ: from the model's, and from the same file of the
+    uncompressed model.
+    """
+
+    model: Path = option("a folder saved by pm-vit, or a published Segmenter's")
+    format: str = option(
+        "onnx: for onnxruntime and others, on the CPU; pt2: for torch.export.load; aoti: compiled for this machine",
+        choices=tuple(FORMATS),
+    )
+    output: Path = option("file to write", metavar="FILE")
+    opset: int | None = option(
+        f"of onnx, {OPSETS[0]} to {OPSETS[-1]}; older runtimes need lower ones (PyTorch's choice)", None
+    )
+    batch_size: int = option("images to time it on", 8, "-b", type=_positive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Draw what each block keeps, merges and prunes.
+
+    The plan is printed, and a picture shows which patches are kept, merged (outlined) and pruned, over images where
+    some are given.
+    """
+
+    plan: Path = option("plan.json, or a folder saved by pm-vit", positional="PLAN")
+    images: tuple[Path, ...] = option("drawn under the patches, a picture each", (), positional="IMAGE", nargs="*")
+    output: Path = option("picture to write, numbered where several", Path("plan.png"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(OnDevice):
+    """Time a model on ever fewer tokens in every block.
+
+    How much faster it is, is printed and drawn, and a compressed model's own speed beside it.
+    """
+
+    model: str = option("a timm Vision Transformer's name, or a folder saved by pm-vit", positional="MODEL")
+    batch_size: tuple[int, ...] = option("images", (1, 8), "-b", type=_positive)
+    output: Path = option("picture to write", Path("latency.png"))
+    results_file: Path | None = option("write the times as JSON", None)
+    amp: bool = option("bfloat16 mixed precision", False, action=argparse.BooleanOptionalAction)
