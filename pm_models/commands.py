@@ -24,11 +24,11 @@ from .files import write_atomically
 from .measure import count_gmacs, throughput
 from .plan import CompressionPlan
 from .report import compare
-from .run_settings import flat_settings, refuse_other_settings
 from .scoring import score_tokens
 from .segmenter import Segmenter, encoder_of
 from .tasks import DEFAULT_TASK, TASKS, Model, Task
 from .training import Recipe, fit, make_accelerator
+from .training.settings import flat_settings, refuse_other_settings
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer
 from .visualize import save_accuracy_picture, save_plan_picture
 

@@ -17,26 +17,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from .checkpoints import CONFIG_NAME, load_pretrained
 from .data import (
+    SegmentationImages,
     calibration_loader,
     check_classes,
     check_same_classes,
     class_names,
-    make_loader,
-    open_dataset,
-    sample_images,
-)
-from .label_survey import warn_of_labels
-from .plan import CompressionPlan
-from .published import VARIANT_NAME, load_segmenter_checkpoint
-from .segmentation import (
-    SegmentationImages,
-    evaluate_segmentation,
     make_evaluation_loader,
+    make_loader,
     make_scoring_loader,
     make_training_loader,
-    predicted_classes,
+    open_dataset,
+    sample_images,
+    warn_of_labels,
 )
-from .segmentation import sample_images as sample_labelled_images
+from .plan import CompressionPlan
+from .published import VARIANT_NAME, load_segmenter_checkpoint
 from .segmenter import Model, Segmenter
 from .training import (
     Evaluator,
@@ -44,6 +39,8 @@ from .training import (
     classification_task,
     distillation_task,
     evaluate,
+    evaluate_segmentation,
+    predicted_classes,
     segmentation_loss,
 )
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
@@ -214,7 +211,7 @@ class Classification(Task):
         )
 
     def samples(self, dataset: Dataset, model: PlainModel, count: int) -> list[np.ndarray]:
-        return list(sample_images(dataset, model, count, **self._preparing()))
+        return [sample.picture for sample in sample_images(dataset, model, count, **self._preparing())]
 
     def _preparing(self) -> dict[str, object]:
         """What was said of preparing images, for timm's loader."""
@@ -326,14 +323,14 @@ class Segmentation(Task):
         )
 
     def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[np.ndarray]:
-        found = sample_labelled_images(dataset, model, count, **self._normalisation())
+        found = sample_images(dataset, model, count, **self._normalisation())
         height, width = model.image_size
         return [sample.picture[:height, :width] for sample in found]
 
     def save_predictions(
         self, dataset: SegmentationImages, models: Mapping[str, Segmenter], count: int, path: Path
     ) -> None:
-        found = sample_labelled_images(dataset, next(iter(models.values())), count, **self._normalisation())
+        found = sample_images(dataset, next(iter(models.values())), count, **self._normalisation())
         maps = {"labels": [sample.labels for sample in found]}
         for name, model in models.items():
             maps[name] = [predicted_classes(model, sample.image, sample.labels.shape) for sample in found]

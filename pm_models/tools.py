@@ -13,10 +13,9 @@ from PIL import ImageOps
 
 from .budget import LatencyTable, measure_latency
 from .checkpoints import CONFIG_NAME
-from .data import input_size
+from .data import input_size, read_image
 from .export import export_model
 from .files import write_atomically
-from .images import read_image
 from .measure import alternate, throughput
 from .plan import CompressionPlan
 from .report import format_table

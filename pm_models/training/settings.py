@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,31 +12,33 @@ from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .description import describe
-from .vision_transformer import Compressed
+from ..description import describe
+from ..vision_transformer import Compressed
+from .recipe import Recipe
 
 _SHOWN = 4  # differences in one line
 _ABSENT = "absent"
 
 
 def run_settings(
-    recipe: Mapping[str, object],
+    recipe: Recipe,
     given: Mapping[str, object],
     task: TrainingTask,
     loader: DataLoader,
     accelerator: Accelerator,
 ) -> dict[str, dict[str, object]]:
-    """All that decides which weights a run ends with, but for the images themselves, as plain JSON values in groups.
+    """All that decides which weights a run ends with, except for the images, as plain JSON values in groups.
 
     How many workers load images, and which device computes, decide nothing.
 
     Args:
         recipe: how to train.
-        given: what the caller knows beside it.
+        given: what else the caller knows.
         task: the losses, with the model and its teacher, before they are prepared.
         loader: of the training images, before it is prepared.
         accelerator: precision and processes.
     """
+    model = task.trainable_module
     dataset, batches = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
     run = {
         "processes": accelerator.num_processes,
@@ -46,35 +49,35 @@ def run_settings(
         "batches": len(loader),
         "sampler": type(getattr(loader, "sampler", None)).__name__,
     }
-    plans = {
-        f"{name}.plan".removeprefix("trainable_module."): f"tokens {part.plan.tokens}, {_digest(part.plan.to_dict())}"
+    parts = {
+        f"{name}.plan": f"tokens {part.plan.tokens}, {_digest(part.plan.to_dict())}"
         for name, part in task.named_modules()
         if isinstance(part, Compressed)
     }
-    parts = {name.removeprefix("trainable_module."): value for name, value in describe(task).items()}
+    parts = {name.removeprefix("trainable_module."): value for name, value in (parts | describe(task)).items()}
     parts["task"] = parts.pop("model")
-    parts["teacher.weights"] = _digest(*_outside(task, task.trainable_module))
-    weights = {name: _kind(value) for name, value in task.trainable_module.named_parameters()}
-    groups = {"recipe": recipe, "settings": given, "run": run, "weights": weights, "parts": plans | parts}
+    inside = {id(parameter) for parameter in model.parameters()}
+    parts["teacher.weights"] = _digest(*(value for value in task.parameters() if id(value) not in inside))
+    weights = {name: _kind(parameter) for name, parameter in model.named_parameters()}
+    groups = {"recipe": asdict(recipe), "settings": given, "run": run, "weights": weights, "parts": parts}
     return {name: flat_settings(values) for name, values in groups.items()}
 
 
 def refuse_other_settings(began: dict[str, dict], now: dict[str, dict], folder: Path) -> None:
-    """Refuse to continue what is in ``folder`` with other settings than it began with, both in groups.
+    """Refuse to continue what is in ``folder`` with other settings than it began with; both are in groups.
 
-    A part's attribute that only one of them has, as versions of timm differ in these, is passed over.
+    An attribute of a part that only one of them has is passed over, because versions of timm differ in these.
 
     Raises:
         ValueError: naming what differs, what it was and what it is.
     """
-    different = {}
+    different: dict[str, tuple[str, str]] = {}  # what it was, and what it is
     for group, values in now.items():
         before = began.get(group, {})
-        names = [name for name in values if name in before] if group == "parts" else values | before
-        for name in names:
-            pair = before.get(name, _ABSENT), values.get(name, _ABSENT)
-            if pair[0] != pair[1]:
-                different.setdefault(name, tuple(map(_short, pair)))
+        for name in [name for name in values if name in before] if group == "parts" else values | before:
+            was, is_ = before.get(name, _ABSENT), values.get(name, _ABSENT)
+            if was != is_:
+                different.setdefault(name, (_short(was), _short(is_)))
     if not different:
         return
     shown = dict(list(different.items())[:_SHOWN])
@@ -93,10 +96,10 @@ def flat_settings(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
-    found = {}
+    flat = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _short(value: object) -> str:
@@ -107,12 +110,6 @@ def _short(value: object) -> str:
 def _kind(parameter: nn.Parameter) -> str:
     frozen = "" if parameter.requires_grad else ", frozen"
     return f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}{frozen}"
-
-
-def _outside(task: nn.Module, model: nn.Module) -> list[Tensor]:
-    """The task's parameters that are not the model's: those of a teacher."""
-    inside = {id(parameter) for parameter in model.parameters()}
-    return [parameter for parameter in task.parameters() if id(parameter) not in inside]
 
 
 def _digest(*values: object) -> str | None:
