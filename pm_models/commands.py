@@ -28,7 +28,7 @@ from .scoring import score_tokens
 from .segmenter import Segmenter, encoder_of
 from .tasks import DEFAULT_TASK, TASKS, Model, Task
 from .training import Recipe, fit, make_accelerator
-from .training.settings import flat_settings, refuse_other_settings
+from .training.state import flat_settings, refuse_other_settings
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer
 from .visualize import save_accuracy_picture, save_plan_picture
 

@@ -10,25 +10,12 @@ from .data import (
     make_scoring_loader,
     make_training_loader,
     sample_images,
-    scoring_transform,
     training_transform,
 )
 from .training import Measures, evaluate_segmentation, measures, predicted_classes
 
 __all__ = [
-    "IGNORED",
-    "LAYOUTS",
-    "Measures",
-    "Sample",
-    "SegmentationImages",
-    "evaluate_segmentation",
-    "evaluation_transform",
-    "make_evaluation_loader",
-    "make_scoring_loader",
-    "make_training_loader",
-    "measures",
-    "predicted_classes",
-    "sample_images",
-    "scoring_transform",
-    "training_transform",
-]
+    "IGNORED", "LAYOUTS", "Measures", "Sample", "SegmentationImages", "evaluate_segmentation", "evaluation_transform",
+    "make_evaluation_loader", "make_scoring_loader", "make_training_loader", "measures", "predicted_classes",
+    "sample_images", "training_transform",
+]  # fmt: skip

@@ -189,14 +189,7 @@ def make_loader(
 
 
 def calibration_loader(
-    dataset: Dataset,
-    model: PlainModel,
-    *,
-    batches: int,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    **options: object,
+    dataset: Dataset, model: PlainModel, *, batches: int, batch_size: int, workers: int, seed: int, **options: object
 ) -> DataLoader:
     """``batches`` batches for scoring tokens: images at random, the same for the same seed, without augmentation.
 

@@ -34,11 +34,7 @@ def is_image(name: str) -> bool:
 
 
 def check_is_image(path: str) -> None:
-    """Refuse a file with another ending than an image's.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Raise a ValueError that names the file where its ending is not that of an image."""
     if not is_image(path):
         raise ValueError(f"{path} is no image that can be read; remove it, or save it as .png or .jpg")
 
@@ -60,12 +56,7 @@ def files_below(folder: str | os.PathLike) -> Iterator[str]:
 
 
 def split_folder(root: Path, split: str, content: str) -> Path:
-    """The folder of a split, by any of its names.
-
-    Args:
-        root: the folder that holds it.
-        split: ``"train"`` or ``"validation"``, or another folder's name.
-        content: what is expected in it, for the error.
+    """The folder of a split in ``root``, by any of its names; ``content`` says in the error what is expected in it.
 
     Raises:
         FileNotFoundError: there is none; it says which folders there are.

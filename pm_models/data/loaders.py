@@ -76,11 +76,7 @@ def tell_epoch(loader: Iterable, epoch: int) -> None:
 
 
 def check_size(dataset: Dataset, batch_size: int) -> None:
-    """Refuse a data set of fewer images than a batch.
-
-    Raises:
-        ValueError: naming the counts.
-    """
+    """Raise a ValueError that names the counts where a data set has fewer images than a batch."""
     if len(dataset) < batch_size:
         raise ValueError(
             f"the data has {len(dataset)} images, expected at least {batch_size} (--batch-size {batch_size})"

@@ -214,20 +214,12 @@ def training_transform(
     return v2.Compose([*steps, *_normalise(mean, std)])
 
 
-def scoring_transform(size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """A random crop of the image at the size that it is evaluated at."""
-    return v2.Compose([*_crop(size, mean, (1.0, 1.0)), *_normalise(mean, std)])
-
-
 def _crop(size: tuple[int, int], mean: tuple[float, ...], scale: tuple[float, float]) -> list[v2.Transform]:
-    side = max(size)
+    least, most = (round(factor * max(size)) for factor in scale)
+    fill = {tv_tensors.Image: [round(255 * value) for value in mean], tv_tensors.Mask: IGNORED}
     return [
-        v2.RandomShortestSize(list(range(max(1, round(scale[0] * side)), round(scale[1] * side) + 1))),
-        v2.RandomCrop(
-            size,
-            pad_if_needed=True,
-            fill={tv_tensors.Image: [round(255 * value) for value in mean], tv_tensors.Mask: IGNORED},
-        ),
+        v2.RandomShortestSize(list(range(max(1, least), most + 1))),
+        v2.RandomCrop(size, pad_if_needed=True, fill=fill),
     ]
 
 
@@ -298,11 +290,9 @@ def make_evaluation_loader(
     ``share`` (index, count) takes one of so many shares of the images, such as that of a process; the rest is as in
     :func:`make_training_loader`.
     """
-    transform = evaluation_transform(model.image_size, *normalisation(model, given))
-    images = _with_transform(dataset, transform)
-    return DataLoader(
-        Subset(images, range(share[0], len(images), share[1])), num_workers=workers, persistent_workers=workers > 0
-    )
+    images = _with_transform(dataset, evaluation_transform(model.image_size, *normalisation(model, given)))
+    images = Subset(images, range(share[0], len(images), share[1]))
+    return DataLoader(images, num_workers=workers, persistent_workers=workers > 0)
 
 
 def make_scoring_loader(
@@ -315,8 +305,9 @@ def make_scoring_loader(
     seed: int,
     **given: tuple[float, ...],
 ) -> DataLoader:
-    """``batches`` batches for scoring tokens: crops of images at random, the same for the same seed."""
-    transform = scoring_transform(model.image_size, *normalisation(model, given))
+    """``batches`` batches for scoring tokens: random crops at the size of evaluation, the same for the same seed."""
+    mean, std = normalisation(model, given)
+    transform = v2.Compose([*_crop(model.image_size, mean, (1.0, 1.0)), *_normalise(mean, std)])
     images = SeededImages(_with_transform(dataset, transform), seed)
     return random_batches(images, batches=batches, batch_size=batch_size, workers=workers, seed=seed)
 

@@ -7,21 +7,7 @@ from .losses import IGNORED, SegmentationTask, classification_task, distillation
 from .recipe import SCHEDULES, EpochResult, Recipe
 
 __all__ = [
-    "IGNORED",
-    "SCHEDULES",
-    "EpochResult",
-    "Evaluator",
-    "Measures",
-    "Recipe",
-    "SegmentationTask",
-    "classification_task",
-    "distillation_task",
-    "evaluate",
-    "evaluate_segmentation",
-    "fit",
-    "launched_processes",
-    "make_accelerator",
-    "measures",
-    "predicted_classes",
-    "segmentation_loss",
-]
+    "IGNORED", "SCHEDULES", "EpochResult", "Evaluator", "Measures", "Recipe", "SegmentationTask",
+    "classification_task", "distillation_task", "evaluate", "evaluate_segmentation", "fit", "launched_processes",
+    "make_accelerator", "measures", "predicted_classes", "segmentation_loss",
+]  # fmt: skip

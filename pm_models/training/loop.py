@@ -15,18 +15,15 @@ from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ..data import IGNORED, tell_epoch
 from ..files import write_atomically
 from .evaluation import Evaluator, evaluate
 from .recipe import EpochResult, Recipe, summary_csv
-from .settings import run_settings
-from .state import Progress, RunState
+from .state import Progress, RunState, run_settings
 
 _POLY_POWER = 0.9
 
@@ -92,10 +89,11 @@ def fit(
     results = progress.results
     for epoch in range(len(results), recipe.epochs):
         label = f"{name} {epoch + 1}/{recipe.epochs}"
-        speed = trainer.train_epoch(epoch, progress, label, state, recovery_interval)
+        trained = trainer.train_epoch(epoch, progress, label, state, recovery_interval)
         measured = evaluator(trainer.evaluated_model, eval_loader, accelerator=accelerator)
-        results.append(_epoch_result(epoch, progress, speed, trainer.optimizer, measured))
-        _report(results, label, accelerator)
+        known = {field.name: measured[field.name] for field in fields(EpochResult) if field.name in measured}
+        results.append(EpochResult(epoch=epoch + 1, **trained, **known))
+        _report(results[-1], label, accelerator)
         _write_summary(results, summary, accelerator)
         progress = Progress(results)
         state.save(progress)
@@ -109,11 +107,7 @@ class _Trainer:
     """The task's model with its optimiser, schedule and loader, prepared for the devices; it trains epoch by epoch."""
 
     def __init__(
-        self,
-        task: TrainingTask,
-        loader: Iterable[tuple[Tensor, Tensor]],
-        recipe: Recipe,
-        accelerator: Accelerator,
+        self, task: TrainingTask, loader: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, accelerator: Accelerator
     ) -> None:
         self.task, self.recipe, self.accelerator = task, recipe, accelerator
         model = task.trainable_module
@@ -134,14 +128,24 @@ class _Trainer:
         task.to(accelerator.device)
         self.steps = len(self.loader)  # of an epoch, each of one batch
         self.updates = math.ceil(self.steps / recipe.grad_accum_steps)  # of an epoch; the last may be of fewer batches
-        self.scheduler = _scheduler(self.optimizer, recipe, self.updates)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=recipe.sched,
+            decay_rate=_POLY_POWER,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.lr * 1e-3 if recipe.warmup_lr is None else recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            updates_per_epoch=self.updates,
+            step_on_epochs=False,
+        )
 
     @property
     def evaluated_model(self) -> nn.Module:
         return self.task.trainable_module_ema.module if self.task.has_ema() else self.model
 
-    def train_epoch(self, epoch: int, progress: Progress, label: str, state: RunState, recovery_interval: int) -> float:
-        """Train one epoch, from the steps on that ``progress`` has behind it, and give the images per second."""
+    def train_epoch(self, epoch: int, progress: Progress, label: str, state: RunState, recovery_interval: int) -> dict:
+        """Train one epoch, from where ``progress`` is; gives those fields of an EpochResult that training measures."""
         self.task.train()
         trained_before, start, speed = progress.loss.count, time.perf_counter(), 0.0
         # Some samplers draw from the global generators: every process must draw alike, and a continued run again.
@@ -166,7 +170,12 @@ class _Trainer:
             if recovery_interval and update % recovery_interval == 0 and update < self.updates:
                 progress.steps = step + 1
                 state.save(progress)
-        return speed
+        return {
+            "train_loss": progress.loss.avg,
+            "train_top1": progress.top1.avg,
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "images_per_second": speed,
+        }
 
     def _ends_group(self, step: int) -> bool:
         """Whether the optimiser takes its step after this one, which ends a group of batches or the epoch."""
@@ -223,21 +232,6 @@ class _Trainer:
             del task.trainable_module_ema
 
 
-def _scheduler(optimizer: Optimizer, recipe: Recipe, updates: int) -> Scheduler:
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=recipe.sched,
-        decay_rate=_POLY_POWER,
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=recipe.lr * 1e-3 if recipe.warmup_lr is None else recipe.warmup_lr,
-        min_lr=recipe.min_lr,
-        updates_per_epoch=updates,
-        step_on_epochs=False,
-    )
-    return scheduler
-
-
 def _step_seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
 
@@ -249,17 +243,8 @@ def _hits(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([hits.sum(), counted.sum()])
 
 
-def _epoch_result(
-    epoch: int, progress: Progress, speed: float, optimizer: Optimizer, measured: Mapping[str, float]
-) -> EpochResult:
-    known = {field.name: measured[field.name] for field in fields(EpochResult) if field.name in measured}
-    lr = max(group["lr"] for group in optimizer.param_groups)
-    return EpochResult(epoch + 1, progress.loss.avg, progress.top1.avg, speed, lr, **known)
-
-
-def _report(results: list[EpochResult], label: str, accelerator: Accelerator) -> None:
-    """Print the last epoch's result, and log it where there are trackers."""
-    result = results[-1]
+def _report(result: EpochResult, label: str, accelerator: Accelerator) -> None:
+    """Print an epoch's result, and log it where there are trackers."""
     mean_iou = "" if result.miou is None else f", mIoU {result.miou:.2f}%"
     accelerator.print(
         f"{label}: loss {result.train_loss:.4f}, accuracy {result.train_top1:.2f}% in training, {result.top1:.2f}% in "

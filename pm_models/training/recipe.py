@@ -3,23 +3,9 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 SCHEDULES = ("cosine", "poly")
-
-# The columns of timm's ``train.py`` and the speed, by the fields of EpochResult.
-_COLUMNS = {
-    "epoch": "epoch",
-    "train_loss": "train_loss",
-    "train_top1": "train_top1",
-    "loss": "eval_loss",
-    "top1": "eval_top1",
-    "top5": "eval_top5",
-    "lr": "lr",
-    "images_per_second": "samples_per_sec",
-    "miou": "eval_miou",
-    "macc": "eval_macc",
-}
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ class Recipe:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochResult:
     """One epoch of training, and the evaluation after it; accuracies in percent, ``lr`` that of the last step.
 
@@ -91,20 +77,26 @@ class EpochResult:
     epoch: int
     train_loss: float
     train_top1: float
-    images_per_second: float
-    lr: float
-    top1: float
     loss: float | None = None
+    top1: float
     top5: float | None = None
+    lr: float
+    images_per_second: float
     miou: float | None = None
     macc: float | None = None
 
 
+_TIMMS_NAMES = {"images_per_second": "samples_per_sec"} | {
+    name: f"eval_{name}" for name in ("loss", "top1", "top5", "miou", "macc")
+}
+
+
 def summary_csv(results: Sequence[EpochResult]) -> str:
-    """One line for each epoch, with the columns of what was measured."""
-    columns = [name for name in _COLUMNS if any(getattr(result, name) is not None for result in results)]
+    """One line for each epoch, with what was measured in columns that are named as in timm's ``train.py``."""
+    names = [field.name for field in fields(EpochResult)]
+    names = [name for name in names if any(getattr(result, name) is not None for result in results)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS[name] for name in columns)
-    writer.writerows([getattr(result, name) for name in columns] for result in results)
+    writer.writerow(_TIMMS_NAMES.get(name, name) for name in names)
+    writer.writerows([getattr(result, name) for name in names] for result in results)
     return text.getvalue()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import plan_for, small_vit
 from PIL import Image
-from pm_models.data import warn_of_labels
 from torch.utils.data import DataLoader
 
 from pm_models import Segmenter
+from pm_models.data import warn_of_labels
 from pm_models.segmentation import (
     IGNORED,
     SegmentationImages,
