@@ -47,7 +47,7 @@ def entries(folder: str | os.PathLike) -> list[os.DirEntry]:
 
 
 def files_below(folder: str | os.PathLike) -> Iterator[str]:
-    """The paths of all files in a folder and its subfolders, but for those that :func:`entries` leaves out."""
+    """The paths of all files in a folder and its subfolders, without those that :func:`entries` leaves out."""
     for entry in entries(folder):
         if entry.is_dir():
             yield from files_below(entry.path)

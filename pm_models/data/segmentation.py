@@ -20,6 +20,7 @@ from ..segmenter import Segmenter
 from .images import check_is_image, files_below, first_names, is_turned, read_image, read_label_map, split_folder
 from .loaders import SeededImages, check_size, normalisation, random_batches
 
+Floats = tuple[float, ...]
 IGNORED = 255  # the label of pixels that are neither trained on nor counted
 _SURVEYED = 2000  # label maps that are looked at before the training: some ten seconds
 
@@ -195,7 +196,7 @@ def warn_of_labels(dataset: SegmentationImages) -> None:
 
 
 def training_transform(
-    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], scale: tuple[float, float] = (0.5, 2.0)
+    size: tuple[int, int], mean: Floats, std: Floats, scale: tuple[float, float] = (0.5, 2.0)
 ) -> Callable:
     """Segmenter's augmentation: random size, crop, mirror, colours.
 
@@ -214,7 +215,7 @@ def training_transform(
     return v2.Compose([*steps, *_normalise(mean, std)])
 
 
-def _crop(size: tuple[int, int], mean: tuple[float, ...], scale: tuple[float, float]) -> list[v2.Transform]:
+def _crop(size: tuple[int, int], mean: Floats, scale: tuple[float, float]) -> list[v2.Transform]:
     least, most = (round(factor * max(size)) for factor in scale)
     fill = {tv_tensors.Image: [round(255 * value) for value in mean], tv_tensors.Mask: IGNORED}
     return [
@@ -223,7 +224,7 @@ def _crop(size: tuple[int, int], mean: tuple[float, ...], scale: tuple[float, fl
     ]
 
 
-def evaluation_transform(size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+def evaluation_transform(size: tuple[int, int], mean: Floats, std: Floats) -> Callable:
     """The image with its shorter side as long as the longer one of ``size``, normalised; its labels as they are."""
     return v2.Compose([_ResizeImage(max(size)), *_normalise(mean, std)])
 
@@ -235,7 +236,7 @@ class _ResizeImage(v2.Resize):
         return super().transform(inpt, params) if isinstance(inpt, tv_tensors.Image) else inpt
 
 
-def _normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:
+def _normalise(mean: Floats, std: Floats) -> list[v2.Transform]:
     """To normalised floats from uint8 images, and to plain tensors from both."""
     to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     return [to_float, v2.Normalize(mean, std), v2.ToPureTensor()]
@@ -249,7 +250,7 @@ def make_training_loader(
     workers: int,
     seed: int = 0,
     scale: tuple[float, float] = (0.5, 2.0),
-    **given: tuple[float, ...],
+    **given: Floats,
 ) -> DataLoader:
     """Shuffled batches of augmented crops (B, 3, H, W) and labels (B, H, W) of the model's size.
 
@@ -278,12 +279,7 @@ def make_training_loader(
 
 
 def make_evaluation_loader(
-    dataset: SegmentationImages,
-    model: Segmenter,
-    *,
-    workers: int,
-    share: tuple[int, int] = (0, 1),
-    **given: tuple[float, ...],
+    dataset: SegmentationImages, model: Segmenter, *, workers: int, share: tuple[int, int] = (0, 1), **given: Floats
 ) -> DataLoader:
     """Whole images one by one, (1, 3, H, W), with their labels (1, h, w) at their own size.
 
@@ -303,7 +299,7 @@ def make_scoring_loader(
     batch_size: int,
     workers: int,
     seed: int,
-    **given: tuple[float, ...],
+    **given: Floats,
 ) -> DataLoader:
     """``batches`` batches for scoring tokens: random crops at the size of evaluation, the same for the same seed."""
     mean, std = normalisation(model, given)
