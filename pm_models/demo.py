@@ -1,6 +1,7 @@
 """The whole path on real images that come with scikit-learn: train, score, plan, compress, fine-tune, compare."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
@@ -24,7 +24,10 @@ from .vision_transformer import compress
 from .visualize import save_plan_picture
 
 KEEP_RATE, PRUNE_RATE = 0.6, 0.1
-_BATCH = 32
+_MODEL = {
+    "img_size": 32, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 4, "num_heads": 3,
+    "mlp_ratio": 2.0, "weight_init": "jax",
+}  # fmt: skip
 
 
 def run_demo(output: Path, *, seed: int = 0) -> dict:
@@ -39,21 +42,15 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
     accelerator = make_accelerator()
     torch.manual_seed(seed)
     train_set, test_set = _digits(seed)
-    train_loader = DataLoader(train_set, _BATCH, shuffle=True, drop_last=True, collate_fn=_augmented_batch)
-    test_loader = DataLoader(test_set, 256)
+    train_loader = DataLoader(train_set, 32, shuffle=True, drop_last=True, collate_fn=_augmented_batch)
+    test_loader, calibration = DataLoader(test_set, 256), DataLoader(train_set, 256)
+    train = partial(fit, train_loader=train_loader, eval_loader=test_loader, accelerator=accelerator)
 
     print(f"1/5  training a dense ViT on {len(train_set)} images of digits (scikit-learn)")
-    dense = _small_vit()
-    fit(
-        classification_task(dense, smoothing=0.1),
-        train_loader,
-        test_loader,
-        Recipe(epochs=36, lr=2e-3, warmup_epochs=3, seed=seed),
-        accelerator=accelerator,
-        name="dense",
-    )
+    dense = timm.create_model("vit_tiny_patch16_224", **_MODEL)
+    recipe = Recipe(epochs=36, lr=2e-3, warmup_epochs=3, seed=seed)
+    train(classification_task(dense, smoothing=0.1), recipe=recipe, name="dense")
     print("2/5  scoring tokens by gradient-weighted attention")
-    calibration = DataLoader(train_set, 256)
     scores = score_tokens(dense, calibration, batches=len(calibration))
     plan = CompressionPlan.from_scores(
         scores, dense.patch_embed.grid_size, KEEP_RATE, PRUNE_RATE, num_prefix_tokens=dense.num_prefix_tokens
@@ -62,14 +59,8 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
     print("4/5  compressing, and fine-tuning with the dense model as teacher")
     compressed = compress(dense, plan)
     raw = evaluate(compressed, test_loader, accelerator=accelerator)
-    fit(
-        distillation_task(compressed, dense),
-        train_loader,
-        test_loader,
-        Recipe(epochs=18, lr=5e-4, warmup_epochs=1, seed=seed),
-        accelerator=accelerator,
-        name="fine-tune",
-    )
+    recipe = Recipe(epochs=18, lr=5e-4, warmup_epochs=1, seed=seed)
+    train(distillation_task(compressed, dense), recipe=recipe, name="fine-tune")
     print("5/5  evaluating, and timing both alternately")
     models = {"dense": dense.eval(), "compressed": compressed.eval()}
     speed = throughput(models, test_set[:128][0].to(accelerator.device))
@@ -100,12 +91,10 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
 def _digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     """Handwritten digits (1, 32, 32) with values from -1 to 1, and their labels, to train and to test on."""
     digits = load_digits()
-    # Grey values (n, 8, 8) from 0 to 16: each pixel becomes a patch of 4 x 4.
-    images = (torch.from_numpy(digits.images) / 8 - 1).float().unsqueeze(1)
-    dataset = TensorDataset(F.interpolate(images, size=(32, 32), mode="bilinear"), torch.from_numpy(digits.target))
-    split = train_test_split(range(len(dataset)), test_size=0.2, random_state=seed, stratify=digits.target)
-    train, test = (TensorDataset(*dataset[indices]) for indices in split)
-    return train, test
+    grey = torch.from_numpy(digits.images / 8 - 1).float().unsqueeze(1)  # from (n, 8, 8), 0 to 16
+    images = F.interpolate(grey, size=(32, 32), mode="bilinear")  # a patch of 4 x 4 for each pixel
+    parts = train_test_split(range(len(images)), test_size=0.2, random_state=seed, stratify=digits.target)
+    return tuple(TensorDataset(images[part], torch.from_numpy(digits.target[part])) for part in parts)
 
 
 def _augmented_batch(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -117,18 +106,3 @@ def _augmented_batch(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     transform = torch.cat([turn * (1 + scale).view(-1, 1, 1), shift], dim=2)
     grid = F.affine_grid(transform, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False), labels
-
-
-def _small_vit() -> VisionTransformer:
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=4,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=96,
-        depth=4,
-        num_heads=3,
-        mlp_ratio=2.0,
-        weight_init="jax",
-    )

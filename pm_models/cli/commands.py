@@ -23,10 +23,10 @@ from ..measure import count_gmacs, throughput
 from ..models import Model, compression_of, encoder_of, input_size, tokens_of, uncompressed
 from ..plan import CompressionPlan
 from ..report import compare
-from ..run_settings import flat_settings, refuse_other_settings
 from ..scoring import score_tokens
 from ..segmenter import Segmenter
 from ..training import Recipe, fit, make_accelerator
+from ..training.state import flat_settings, refuse_other_settings
 from ..vision_transformer import check_vision_transformer, compress
 from ..visualize import save_accuracy_picture, save_plan_picture
 from .arguments import options_of

@@ -13,31 +13,28 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import (
+    SegmentationImages,
     calibration_loader,
     check_classes,
     check_same_classes,
     class_names,
-    make_loader,
-    open_dataset,
-    sample_images,
-)
-from ..label_survey import warn_of_labels
-from ..loading import check_name, load_model, make_model
-from ..segmentation import (
-    SegmentationImages,
-    evaluate_segmentation,
-    labelled_samples,
     make_evaluation_loader,
+    make_loader,
     make_scoring_loader,
     make_training_loader,
-    predicted_classes,
+    open_dataset,
+    sample_images,
+    warn_of_labels,
 )
+from ..loading import check_name, load_model, make_model
 from ..segmenter import Segmenter
 from ..training import (
     SegmentationTask,
     classification_task,
     distillation_task,
     evaluate,
+    evaluate_segmentation,
+    predicted_classes,
     segmentation_loss,
 )
 from ..vision_transformer import PlainModel
@@ -134,7 +131,7 @@ class Classification(_Task):
 
     def samples(self, dataset: Dataset, model: PlainModel, count: int) -> list[np.ndarray]:
         """Images as the model sees them, for pictures."""
-        return list(sample_images(dataset, model, count, **self._preparation))
+        return [sample.picture for sample in sample_images(dataset, model, count, **self._preparation)]
 
     def save_predictions(self, dataset: Dataset, models: Mapping[str, PlainModel], count: int, path: Path) -> None:
         """A picture of what the models predict, where predictions are pictures: not here."""
@@ -224,13 +221,13 @@ class Segmentation(_Task):
 
     def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[np.ndarray]:
         height, width = model.image_size
-        samples = labelled_samples(dataset, model, count, **self._preparation)
+        samples = sample_images(dataset, model, count, **self._preparation)
         return [sample.picture[:height, :width] for sample in samples]
 
     def save_predictions(
         self, dataset: SegmentationImages, models: Mapping[str, Segmenter], count: int, path: Path
     ) -> None:
-        samples = labelled_samples(dataset, next(iter(models.values())), count, **self._preparation)
+        samples = sample_images(dataset, next(iter(models.values())), count, **self._preparation)
         maps = {"labels": [sample.labels for sample in samples]}
         for name, model in models.items():
             maps[name] = [predicted_classes(model, sample.image, sample.labels.shape) for sample in samples]

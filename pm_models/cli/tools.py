@@ -12,9 +12,9 @@ from PIL import ImageOps
 
 from ..budget import LatencyTable, measure_latency
 from ..checkpoints import CONFIG_NAME
+from ..data import read_image
 from ..export import export_model
 from ..files import write_atomically
-from ..images import read_image
 from ..loading import load_model
 from ..measure import alternate, throughput
 from ..models import compression_of, input_size, tokens_of, uncompressed

@@ -19,6 +19,7 @@ from pm_models.budget import Fit
 from pm_models.cli import main
 from pm_models.measure import count_gmacs
 from pm_models.training import distillation_task
+from pm_models.training.state import RunState
 from pm_models.vision_transformer import check_vision_transformer
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "32"]
@@ -574,9 +575,7 @@ def test_help(capsys, command):
 def test_a_stopped_run_continues(capsys, data, tmp_path, monkeypatch):
     arguments = ["train", data, *MODEL, *SHAPE, *COMMON, "--epochs", "3", "--warmup-epochs", "0"]
     assert run(capsys, *arguments, "--output", tmp_path / "whole")[0] == 0
-    import pm_models.training
-
-    save, saved = pm_models.training._save_state, []
+    save, saved = RunState.save, []
 
     def interrupted(*values):
         save(*values)
@@ -585,7 +584,7 @@ def test_a_stopped_run_continues(capsys, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pm_models.training, "_save_state", interrupted)
+        patched.setattr(RunState, "save", interrupted)
         status, _, err = run(capsys, *arguments, "--output", tmp_path / "stopped")
     assert status == 130
     assert "interrupted; the same command continues" in err

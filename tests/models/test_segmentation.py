@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pm_models import Segmenter
-from pm_models.label_survey import warn_of_labels
+from pm_models.data import warn_of_labels
 from pm_models.segmentation import (
     IGNORED,
     SegmentationImages,
@@ -184,7 +184,7 @@ def test_masks_of_0_and_255_are_told(tmp_path):
 
 
 def test_of_very_many_label_maps_some_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("pm_models.label_survey._MOST", 4)
+    monkeypatch.setattr("pm_models.data.segmentation._SURVEYED", 4)
     write(tmp_path, "images/train", "labels/train", "abcdefgh", values=(0, 255))
     never, masks = told(tmp_path, 2)
     where = f"4 label maps drawn at random from the 8 label maps in {tmp_path}/labels/train"

@@ -1,12 +1,18 @@
 """Image files: which ones a folder holds, and the pixels that every command sees of them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation", "test"),
+}
 
 # Pillow tells what these are, but does not decode them by itself.
 _UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -28,24 +34,20 @@ def is_image(name: str) -> bool:
 
 
 def check_is_image(path: str) -> None:
-    """Refuse a file with another ending than an image's.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Raise a ValueError that names the file where its ending is not that of an image."""
     if not is_image(path):
         raise ValueError(f"{path} is no image that can be read; remove it, or save it as .png or .jpg")
 
 
 def entries(folder: str | os.PathLike) -> list[os.DirEntry]:
     """Files and folders in a folder, by name, without hidden ones and what systems leave there (Thumbs.db)."""
-    with os.scandir(folder) as found:
-        kept = [entry for entry in found if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FILES]
+    with os.scandir(folder) as inside:
+        kept = [entry for entry in inside if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FILES]
     return sorted(kept, key=lambda entry: entry.name)
 
 
 def files_below(folder: str | os.PathLike) -> Iterator[str]:
-    """The paths of all files in a folder and its subfolders, but for those that :func:`entries` leaves out."""
+    """The paths of all files in a folder and its subfolders, without those that :func:`entries` leaves out."""
     for entry in entries(folder):
         if entry.is_dir():
             yield from files_below(entry.path)
@@ -53,12 +55,32 @@ def files_below(folder: str | os.PathLike) -> Iterator[str]:
             yield entry.path
 
 
-def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
-    """The image of a file as it is shown: turned as its EXIF tag says, and with 8 bits a channel.
+def split_folder(root: Path, split: str, content: str) -> Path:
+    """The folder of a split in ``root``, by any of its names; ``content`` says in the error what is expected in it.
 
-    Of several frames it is the first. Grey values of 16 bits are divided by 257. Those of 32 bits, of which no file
-    says which is white, are taken as 0 to 1 where they are floats in that range, and otherwise as 8 bits or 16 bits,
-    the first that they fit as whole numbers.
+    Raises:
+        FileNotFoundError: there is none; it says which folders there are.
+    """
+    names = SPLIT_NAMES.get(split, (split,))
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    others = [entry.name for entry in entries(root)] if root.is_dir() else []
+    only = f", only {first_names(others)}" if others else ""
+    raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}{only}; expected {root / names[0]}/{content}")
+
+
+def first_names(names: Sequence[str], most: int = 5) -> str:
+    """The first names of several, for messages."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
+    """The image of a file as it is shown: turned as its EXIF tag says, with 8 bits per channel.
+
+    The first frame is read where there are several. Grey values of 16 bits are divided by 257. No file says which value
+    of 32 bits is white: floats from 0 to 1 are taken as that range, and whole numbers as 8 bits, or as 16 bits where
+    they do not fit 8.
 
     Args:
         path: of the file.
