@@ -4,15 +4,17 @@ A plan is made from shapes, strides and dtypes alone, so that it can be made, an
 that is not there.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import attention_backward_kernels as backward_kernels
 from . import attention_kernels as kernels
-from .launch import Device, Launch, Repeats, layout
-from .sparse import CHUNK
-from .token_mix_launch import addressable, matrix_gradient_launch, mix_launch, padded, precision
+from .attention import Attention
+from .mixing_plan import addressable, matrix_gradient_launch, mix_launch
+from .runtime import CHUNK, Device, Launch, padded, precision
 
 RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a head width of 64
 
@@ -55,14 +57,6 @@ _MERGED_BACKWARD = {
     90: (Tiles((64,), 64, 8, 1, True), Tiles((128,), 64, 8, 1, True)),
     100: (Tiles((64,), 64, 8, 1), Tiles((128,), 16, 8, 1, True)),
 }
-
-
-class Forward(NamedTuple):
-    """What the forward launches, in order, and the buffers that it fills."""
-
-    launches: list[Launch]
-    out: Tensor  # (B, H, queries, d), in memory (B, queries, H, d)
-    lse: Tensor  # (B, H, queries) float32, base 2
 
 
 class Backward(NamedTuple):
@@ -141,275 +135,170 @@ def streaming_backward_tiles(device: Device, size: int, columns: int) -> tuple[i
     return 64, 64 if size * columns <= 128 else 32, 64
 
 
-def plan_forward(
-    device: Device,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    merge: Tensor | None,
-    gate: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-    merge_queries: bool,
-) -> Forward:
-    """Shapes as in :func:`pm_kernels.fused_merge_attention`; merge may have zeros after its last column."""
-    batch, heads, _, width = q.shape
-    q, k, v = map(_addressable, (q, k, v))
-    columns = max(16, _power_of_two(width))
-    size = 2 if device.interpreter else q.element_size()
+def plan_forward(device: Device, call: Attention, out: Tensor, lse: Tensor) -> list[Launch]:
+    """What the forward launches, in order, to fill ``out`` and ``lse``; the merge matrix may be padded."""
+    q, k, v = map(_addressable, call.heads())
+    merge, merge_queries = call.merge, call.merge_queries
+    batch, heads, width, _, tokens, queries, keys = call.sizes()
+    columns, size = _columns(width), _element_size(device, q)
     launches = []
-    keys = k.shape[2] if merge is None else merge.shape[0]
-    queries = merge.shape[0] if merge is not None and merge_queries else q.shape[2]
     tiles = forward_tiles(device, size, columns, keys, merge is not None)
     if merge is not None and tiles is None:
-        merging, (q, k, v) = _merged(device, q, k, v, merge, merge_queries)
-        launches += merging
+        launches, (q, k, v) = _merged(device, q, k, v, merge, merge_queries)
         merge, tiles = None, forward_tiles(device, size, columns, keys, False)
-    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    shared = _attention_arguments(q, k, v, gate, key_bias, keys) | {
-        "p_out": out,
-        "p_lse": lse,
-        "queries": queries,
-        "scale": scale,
-        "COLUMNS": columns,
-        "PRECISION": precision(q),
-    }
+    arguments = _arguments(call, q, k, v) | {"p_out": out, "p_lse": lse}
     if tiles is None:
         rows, step = streaming_tiles(device, size, columns)
         programs = -(-queries // rows)
-        launches.append(
-            Launch(
-                kernels.forward_streaming,
-                batch * heads * programs,
-                shared | {"programs": programs, "ROWS": rows, "STEP": step},
-                warps=rows // 16,
-                stages=2,
-            )
-        )
-        return Forward(launches, out, lse)
+        arguments |= {"programs": programs, "ROWS": rows, "STEP": step}
+        launch = Launch(kernels.forward_streaming, batch * heads * programs, arguments, warps=rows // 16, stages=2)
+        return [*launches, launch]
     blocks = -(-queries // tiles.step)
     # A head's keys and values are loaded once for all its queries where there are heads enough to fill the device.
     per_program = max(1, blocks) if batch * heads >= 2 * device.multiprocessors else 1
     programs = -(-blocks // per_program)
-    launches.append(
-        Launch(
-            kernels.forward_resident,
-            batch * heads * programs,
-            shared
-            | _merge_arguments(merge, k.shape[2])
-            | {
-                "programs": programs,
-                "tiles": per_program,
-                "MERGE_QUERIES": merge_queries,
-                "PIECES": tiles.pieces,
-                "ROWS": tiles.step,
-                "STAGES": tiles.stages,
-            },
-            warps=tiles.warps,
-            stages=1,
-        )
-    )
-    return Forward(launches, out, lse)
-
-
-_FORWARD_TENSORS = ("p_q", "p_k", "p_v", "p_merge", "p_gate", "p_bias", "p_out", "p_lse")
-_repeats = Repeats(_FORWARD_TENSORS)
-
-
-def run_forward(
-    device: Device,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    merge: Tensor | None,
-    gate: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-    merge_queries: bool,
-) -> tuple[Tensor, Tensor]:
-    """Plan the forward and run it: the output and lse. A call like one before takes up what that one prepared."""
-    merge = None if merge is None else padded(merge)
-    inputs = (q, k, v, merge, gate, key_bias)
-    key = (device, q.device, scale, merge_queries, precision(q), *map(layout, inputs))
-    known = _repeats.find(key)
-    if known is not None:
-        prepared, (batch, heads, queries, width) = known
-        out = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
-        lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-        prepared.run((*inputs, out, lse))
-        return out, lse
-    plan = plan_forward(device, q, k, v, merge, gate, key_bias, scale, merge_queries)
-    _repeats.run(key, device, plan.launches, inputs, tuple(plan.out.shape))
-    return plan.out, plan.lse
+    arguments |= _merge_arguments(merge, tokens) | {
+        "programs": programs,
+        "tiles": per_program,
+        "MERGE_QUERIES": merge_queries,
+        "PIECES": tiles.pieces,
+        "ROWS": tiles.step,
+        "STAGES": tiles.stages,
+    }
+    launch = Launch(kernels.forward_resident, batch * heads * programs, arguments, warps=tiles.warps, stages=1)
+    return [*launches, launch]
 
 
 def plan_backward(
-    device: Device,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    merge: Tensor | None,
-    gate: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-    merge_queries: bool,
-    wanted: tuple[bool, bool, bool],
+    device: Device, call: Attention, dout: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool]
 ) -> Backward:
-    """Shapes as in :func:`pm_kernels.fused_merge_attention`; ``wanted``: gradients of merge, gate, key_bias."""
-    batch, heads, _, width = q.shape
-    q, k, v, dout = map(_addressable, (q, k, v, dout))
-    columns = max(16, _power_of_two(width))
-    size = 2 if device.interpreter else q.element_size()
-    tokens, queries = k.shape[2], lse.shape[2]
-    keys = tokens if merge is None else merge.shape[0]
-    like = {"dtype": torch.float32, "device": q.device}
-    dgate = torch.empty(batch, heads, keys, **like) if wanted[1] else None
-    dbias = torch.empty(batch, heads, keys, **like) if wanted[2] else None
+    """``wanted``: whether the gradients of merge, gate and key_bias are asked for."""
+    q, k, v = map(_addressable, call.heads())
+    dout = _addressable(dout)
+    merge, merge_queries = call.merge, call.merge_queries
+    batch, heads, width, rows, tokens, queries, keys = call.sizes()
+    columns, size = _columns(width), _element_size(device, q)
+    dgate, dbias = (lse.new_empty(batch, heads, keys) if want else None for want in wanted[1:])
     # Where a tensor has fewer tokens than another, its gradient's last rows are nobody's, and are left 0.
-    allocate = torch.empty if q.shape[2] == tokens else torch.zeros
-    dqkv = allocate(batch, max(q.shape[2], tokens), 3, heads, width, dtype=q.dtype, device=q.device)
-    plain = gate is None and key_bias is None
+    allocate = q.new_empty if rows == tokens else q.new_zeros
+    dqkv = allocate(batch, max(rows, tokens), 3, heads, width)
+    plain = call.gate is None and call.key_bias is None
     fused = merge is not None and merge_queries
     tiles = backward_tiles(device, size, columns, queries, fused, plain)
-    launches = []
-    inputs, merged_gradient = (q, k, v), dqkv
+    launches, inputs, merged_gradient = [], (q, k, v), dqkv
     if merge is not None:
-        merged_gradient = torch.empty(batch, keys, 3, heads, width, dtype=q.dtype, device=q.device)
+        merged_gradient = q.new_empty(batch, keys, 3, heads, width)
         if tiles is None or not fused:
             launches, inputs = _merged(device, q, k, v, merge, merge_queries)
             fused, tiles = False, backward_tiles(device, size, columns, queries, False, plain)
     dq = (merged_gradient if merge is not None and merge_queries else dqkv)[:, :, 0]
     dk, dv = merged_gradient[:, :, 1], merged_gradient[:, :, 2]
-    shared = _attention_arguments(*inputs, gate, key_bias, keys) | {
+    shared = _arguments(call, *inputs) | {
         "p_dout": dout,
         "p_lse": lse,
-        "queries": queries,
         "stride_doutb": dout.stride(0),
         "stride_douth": dout.stride(1),
         "DOUT_STRIDE": dout.stride(2),
-        "scale": scale,
-        "COLUMNS": columns,
-        "PRECISION": precision(q),
     }
     of_queries = {"p_out": out, "p_dq": dq, "stride_dqb": dq.stride(0)}
     of_keys = {"p_dk": dk, "p_dv": dv, "p_dgate": dgate, "p_dbias": dbias, "stride_dkb": dk.stride(0)}
     if tiles is not None:
-        launches.append(
-            Launch(
-                kernels.backward_resident,
-                batch * heads,
-                shared
-                | of_queries
-                | of_keys
-                | _merge_arguments(merge if fused else None, tokens)
-                | {
-                    "MERGE_QUERIES": merge_queries,
-                    "PIECES": tiles.pieces,
-                    "STEP": tiles.step,
-                    "STAGES": tiles.stages,
-                    "TRANSPOSED": tiles.transposed,
-                },
-                warps=tiles.warps,
-                stages=tiles.stages,
-            )
-        )
+        arguments = shared | of_queries | of_keys | _merge_arguments(merge if fused else None, tokens)
+        arguments |= {
+            "MERGE_QUERIES": merge_queries,
+            "PIECES": tiles.pieces,
+            "STEP": tiles.step,
+            "STAGES": tiles.stages,
+            "TRANSPOSED": tiles.transposed,
+        }
+        launches.append(Launch(backward_kernels.backward_resident, batch * heads, arguments, tiles.warps, tiles.stages))
     else:
-        delta = torch.empty_like(lse)
-        rows, step, block = streaming_backward_tiles(device, size, columns)
-        query_programs, key_programs = -(-queries // rows), -(-keys // block)
-        launches.append(
-            Launch(
-                kernels.backward_queries,
-                batch * heads * query_programs,
-                shared | of_queries | {"p_delta": delta, "programs": query_programs, "ROWS": rows, "STEP": step},
-                warps=4,
-                stages=2,
-            )
-        )
-        launches.append(
-            Launch(
-                kernels.backward_keys,
-                batch * heads * key_programs,
-                shared | of_keys | {"p_delta": delta, "programs": key_programs, "KEYS": block, "STEP": step},
-                warps=4,
-                stages=2,
-            )
-        )
+        launches += _streaming_backward(device, call, shared, of_queries, of_keys)
     partials = []
     if merge is not None:
-        first = 0 if merge_queries else 1
-        source = merged_gradient[:, :, first:].flatten(2)
-        target = dqkv[:, :tokens, first:].view(batch, tokens, (3 - first) * heads * width)
-        launches.append(mix_launch(device, padded(merge), source, None, target, transposed=True))
-        for index, x in enumerate((q, k, v)):
-            if wanted[0] and index >= first:
-                gradient = merged_gradient[:, :, index].flatten(2)
-                launch, partial = matrix_gradient_launch(device, gradient, None, _flat_heads(x), None, merge.shape)
-                launches.append(launch)
-                partials.append(partial)
+        launches.append(_unmerge(device, call, merged_gradient, dqkv))
+        for index in range(0 if merge_queries else 1, 3) if wanted[0] else ():
+            gradient = merged_gradient[:, :, index].flatten(2)
+            x = _flat_heads((q, k, v)[index])
+            launch, partial = matrix_gradient_launch(device, gradient, None, x, None, merge.shape)
+            launches.append(launch)
+            partials.append(partial)
     return Backward(launches, dqkv, partials, dgate, dbias)
 
 
-def _attention_arguments(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, key_bias: Tensor | None, keys: int
-) -> dict[str, Any]:
-    batch, heads, _, width = q.shape
-    gate, gate_per_head = _per_key(gate, batch, heads, keys)
-    key_bias, bias_per_head = _per_key(key_bias, batch, heads, keys)
-    return {
-        "p_q": q,
-        "p_k": k,
-        "p_v": v,
+def _streaming_backward(device: Device, call: Attention, shared: dict, of_queries: dict, of_keys: dict) -> list[Launch]:
+    """Two passes, with the arguments of both, of the queries' and of the keys'."""
+    batch, heads, width, _, _, queries, keys = call.sizes()
+    rows, step, block = streaming_backward_tiles(device, _element_size(device, call.q), _columns(width))
+    shared |= {"p_delta": torch.empty_like(shared["p_lse"]), "STEP": step}
+    passes = (
+        (backward_kernels.backward_queries, of_queries, "ROWS", rows, queries),
+        (backward_kernels.backward_keys, of_keys, "KEYS", block, keys),
+    )
+    launches = []
+    for kernel, own, name, size, count in passes:
+        programs = -(-count // size)
+        arguments = shared | own | {"programs": programs, name: size}
+        launches.append(Launch(kernel, batch * heads * programs, arguments, warps=4, stages=2))
+    return launches
+
+
+def _unmerge(device: Device, call: Attention, merged: Tensor, dqkv: Tensor) -> Launch:
+    """Take the gradient of what was merged back to all tokens."""
+    batch, heads, width, _, tokens, _, _ = call.sizes()
+    first = 0 if call.merge_queries else 1
+    target = dqkv[:, :tokens, first:].view(batch, tokens, (3 - first) * heads * width)
+    return mix_launch(device, padded(call.merge), merged[:, :, first:].flatten(2), None, target, transposed=True)
+
+
+def _arguments(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What all kernels take; q, k, v may be merged already."""
+    batch, heads, width, _, _, queries, keys = call.sizes()
+    gate, gate_per_head = _per_key(call.gate, batch, heads, keys)
+    key_bias, bias_per_head = _per_key(call.key_bias, batch, heads, keys)
+    arguments = {
         "p_gate": gate,
         "p_bias": key_bias,
+        "queries": queries,
         "keys": keys,
-        "stride_qb": q.stride(0),
-        "stride_qh": q.stride(1),
-        "stride_kb": k.stride(0),
-        "stride_kh": k.stride(1),
-        "stride_vb": v.stride(0),
-        "stride_vh": v.stride(1),
+        "scale": width**-0.5 if call.scale is None else call.scale,
         "HEADS": heads,
         "WIDTH": width,
-        "Q_STRIDE": q.stride(2),
-        "K_STRIDE": k.stride(2),
-        "V_STRIDE": v.stride(2),
+        "COLUMNS": _columns(width),
         "GATE_PER_HEAD": gate_per_head,
         "BIAS_PER_HEAD": bias_per_head,
+        "PRECISION": precision(q),
     }
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        arguments |= {
+            f"p_{name}": x,
+            f"stride_{name}b": x.stride(0),
+            f"stride_{name}h": x.stride(1),
+            f"{name.upper()}_STRIDE": x.stride(2),
+        }
+    return arguments
 
 
 def _merge_arguments(merge: Tensor | None, tokens: int) -> dict[str, Any]:
     matrix = None if merge is None else padded(merge)
-    return {
-        "p_merge": matrix,
-        "tokens": tokens,
-        "stride_merge": 0 if matrix is None else matrix.stride(0),
-        "CHUNK": CHUNK,
-    }
+    stride = 0 if matrix is None else matrix.stride(0)
+    return {"p_merge": matrix, "tokens": tokens, "stride_merge": stride, "CHUNK": CHUNK}
 
 
 def _merged(
     device: Device, q: Tensor, k: Tensor, v: Tensor, merge: Tensor, merge_queries: bool
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[list[Launch], list[Tensor]]:
     """Launches that merge q, k, v in memory, and the merged ones: for sequences too long to merge on the chip."""
     batch, heads, _, width = q.shape
     matrix = padded(merge)
-    buffer = torch.empty(batch, len(merge), 3, heads, width, dtype=q.dtype, device=q.device)
-    launches, merged = [], []
-    for index, x in enumerate((q, k, v)):
-        if index == 0 and not merge_queries:
-            merged.append(q)
-            continue
+    buffer = q.new_empty(batch, len(merge), 3, heads, width)
+    launches, merged = [], [q, k, v]
+    for index in range(0 if merge_queries else 1, 3):
         target = buffer[:, :, index]
-        target_rows = target.view(batch, len(merge), heads * width)
-        launches.append(mix_launch(device, matrix, _flat_heads(x), None, target_rows))
-        merged.append(target.transpose(1, 2))
-    return launches, tuple(merged)
+        rows = target.view(batch, len(merge), heads * width)
+        launches.append(mix_launch(device, matrix, _flat_heads(merged[index]), None, rows))
+        merged[index] = target.transpose(1, 2)
+    return launches, merged
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -442,5 +331,10 @@ def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[
     return values if values.is_contiguous() else values.contiguous(), True
 
 
-def _power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length()
+def _columns(width: int) -> int:
+    """The power of two that holds a head, as wide as a matrix unit takes at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _element_size(device: Device, q: Tensor) -> int:
+    return 2 if device.interpreter else q.element_size()
