@@ -100,10 +100,6 @@ class Attention(NamedTuple):
         """The call under autocast: the gate and the bias keep their dtype."""
         return self._replace(**{name: runtime.cast(getattr(self, name), dtype) for name in ("q", "k", "v", "merge")})
 
-    def example(self) -> Tensor:
-        """q (B, H, N, d)."""
-        return self.heads()[0]
-
     def supported(self) -> bool:
         """Whether there are kernels for q's dtype and head width."""
         return self.q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 1 <= self.q.shape[-1] <= 128

@@ -84,19 +84,22 @@ def load_merge(p_merge, stride_merge, o_c, rows, o_n):
 
 
 @triton.jit
-def merge_rows(
-    p_merge, p_x, o_c, rows, tokens, stride_merge,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+def take_rows(
+    p_merge, p_x, o_c, count, tokens, stride_merge,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, MERGED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``o_c`` [R] of merge (rows, tokens) @ x (tokens, WIDTH): [R, COLUMNS] in x's dtype."""
-    b_y = tl.zeros([o_c.shape[0], COLUMNS], tl.float32)
-    for n in tl.range(0, tokens, CHUNK, num_stages=STAGES):
-        o_n = n + tl.arange(0, CHUNK)
-        b_m = load_merge(p_merge, stride_merge, o_c, rows, o_n)
-        b_x = load_rows(p_x, o_n, tokens, STRIDE, WIDTH, COLUMNS, False)
-        b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
-    return b_y.to(p_x.dtype.element_ty)
+    """Rows ``o_c`` [R] of x (count, WIDTH) or, MERGED, of merge (count, tokens) @ x: [R, COLUMNS] in x's dtype."""
+    if MERGED:
+        b_y = tl.zeros([o_c.shape[0], COLUMNS], tl.float32)
+        for n in tl.range(0, tokens, CHUNK, num_stages=STAGES):
+            o_n = n + tl.arange(0, CHUNK)
+            b_m = load_merge(p_merge, stride_merge, o_c, count, o_n)
+            b_x = load_rows(p_x, o_n, tokens, STRIDE, WIDTH, COLUMNS, False)
+            b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
+        return b_y.to(p_x.dtype.element_ty)
+    else:
+        return load_rows(p_x, o_c, count, STRIDE, WIDTH, COLUMNS, WHOLE)
 
 
 @triton.jit
@@ -122,11 +125,25 @@ def attend(
 
 
 @triton.jit
+def store_attended(
+    p_out, p_lse, b_max, b_sum, b_out, o_q, queries,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Normalise and write the rows ``o_q`` of the output, and their lse."""
+    m_empty = b_sum == 0
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+    store_rows(p_out, b_out * (1.0 / b_sum)[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
+    b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
+    tl.store(p_lse + o_q, b_lse, mask=o_q < queries)
+
+
+@triton.jit
 def attend_resident(
-    b_q, b_ks, b_vs, p_bias, i_head, keys, scale,
+    b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, o_q, queries, keys, scale,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     BIAS_PER_HEAD: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries [R, D] over all of a head's keys and values, tuples of [PIECE, D]; returns what :func:`attend` does."""
+    """Queries [R, D] over all of a head's keys and values, tuples of [PIECE, D]; writes the rows ``o_q``."""
     b_max = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
     b_sum = tl.zeros([b_q.shape[0]], tl.float32)
     b_out = tl.zeros([b_q.shape[0], b_q.shape[1]], tl.float32)
@@ -139,20 +156,7 @@ def attend_resident(
             p_bias is not None or i + 1 == len(PIECES), PRECISION,
         )  # fmt: skip
         start += PIECES[i]
-    return b_max, b_sum, b_out
-
-
-@triton.jit
-def store_attended(
-    p_out, p_lse, b_max, b_sum, b_out, o_q, queries,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Normalise and write the rows ``o_q`` of the output, and their lse."""
-    m_empty = b_sum == 0
-    b_sum = tl.where(m_empty, 1.0, b_sum)
-    store_rows(p_out, b_out * (1.0 / b_sum)[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
-    b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
-    tl.store(p_lse + o_q, b_lse, mask=o_q < queries)
+    store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, STRIDE, WIDTH, COLUMNS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -218,26 +222,22 @@ def forward_resident(
         start += PIECES[i]
 
     if TOGETHER:
-        o_q = tl.arange(0, ROWS)
-        b_max, b_sum, b_out = attend_resident(
-            b_q, b_ks, b_vs, p_bias, i_head, keys, scale, BIAS_PER_HEAD, PIECES, PRECISION
-        )
-        store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
+        attend_resident(
+            b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, tl.arange(0, ROWS), queries, keys, scale,
+            HEADS * WIDTH, WIDTH, COLUMNS, BIAS_PER_HEAD, PIECES, PRECISION,
+        )  # fmt: skip
     else:
         first = (i_program % programs) * tiles
         for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(queries, ROWS)), num_stages=1):
             o_q = tile * ROWS + tl.arange(0, ROWS)
-            if p_merge is not None and MERGE_QUERIES:
-                b_q = merge_rows(
-                    p_merge, p_q, o_q, queries, tokens, stride_merge,
-                    Q_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
-                )  # fmt: skip
-            else:
-                b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
-            b_max, b_sum, b_out = attend_resident(
-                b_q, b_ks, b_vs, p_bias, i_head, keys, scale, BIAS_PER_HEAD, PIECES, PRECISION
-            )
-            store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
+            b_q = take_rows(
+                p_merge, p_q, o_q, queries, tokens, stride_merge, Q_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
+                p_merge is not None and MERGE_QUERIES, False,
+            )  # fmt: skip
+            attend_resident(
+                b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, o_q, queries, keys, scale,
+                HEADS * WIDTH, WIDTH, COLUMNS, BIAS_PER_HEAD, PIECES, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -257,18 +257,11 @@ def _arguments(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, An
     gate, gate_per_head = _per_key(call.gate, batch, heads, keys)
     key_bias, bias_per_head = _per_key(call.key_bias, batch, heads, keys)
     arguments = {
-        "p_gate": gate,
-        "p_bias": key_bias,
-        "queries": queries,
-        "keys": keys,
-        "scale": width**-0.5 if call.scale is None else call.scale,
-        "HEADS": heads,
-        "WIDTH": width,
-        "COLUMNS": _columns(width),
-        "GATE_PER_HEAD": gate_per_head,
-        "BIAS_PER_HEAD": bias_per_head,
+        "p_gate": gate, "p_bias": key_bias, "queries": queries, "keys": keys,
+        "scale": width**-0.5 if call.scale is None else call.scale, "HEADS": heads, "WIDTH": width,
+        "COLUMNS": _columns(width), "GATE_PER_HEAD": gate_per_head, "BIAS_PER_HEAD": bias_per_head,
         "PRECISION": precision(q),
-    }
+    }  # fmt: skip
     for name, x in zip("qkv", (q, k, v), strict=True):
         arguments |= {
             f"p_{name}": x,

@@ -30,25 +30,10 @@ class Mix(NamedTuple):
     normed: int | None = None
 
     @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        update: Tensor | None,
-        carried: Tensor | None,
-        values: Tensor,
-        starts: Tensor | None,
-        columns: Tensor | None,
-        by_starts: Tensor | None,
-        by_rows: Tensor | None,
-        by_entries: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        split: int,
-        normed: int,
-    ) -> "Mix":
+    def of(cls, *operands: Tensor | float | int | None) -> "Mix":
         """The arguments from those of the registered operator, see :meth:`operands`."""
-        by_column = None if by_starts is None else ByColumn(by_starts, by_rows, by_entries)
+        x, update, carried, values, starts, columns, *by_column, weight, bias, eps, split, normed = operands
+        by_column = None if by_column[0] is None else ByColumn(*by_column)
         matrix = values if starts is None else SparseRows(starts, columns, values, by_column)
         return cls(x, update, carried, matrix, None if weight is None else (weight, bias, eps), split, normed)
 
@@ -120,10 +105,6 @@ class Mix(NamedTuple):
         if self.is_sparse():
             matrix = matrix._replace(values=runtime.cast(matrix.values, dtype))
         return self._replace(x=x, update=update, carried=carried, matrix=runtime.cast(matrix, dtype))
-
-    def example(self) -> Tensor:
-        """x (B, N, D)."""
-        return self.x
 
     def supported(self) -> bool:
         """Whether there are kernels for x's dtype and width."""

@@ -67,22 +67,10 @@ def plan_forward(
     shape = whole_rows(width, 2048 if x.element_size() == 2 else 1024, x, update, carried, y)
     row_programs = -(-rows // shape["ROWS"])
     arguments = _mixed(x, update, carried, x.shape[1]) | {
-        "p_starts": starts,
-        "p_columns": columns,
-        "p_values": values,
-        "p_weight": weight,
-        "p_bias": bias,
-        "p_y": y,
-        "p_rest": rest,
-        "p_normed": normed,
-        "rows": rows,
-        "entries": len(columns),
-        "split": split,
-        "normed": count,
-        "row_programs": row_programs,
-        "eps": eps,
-        **shape,
-    }
+        "p_starts": starts, "p_columns": columns, "p_values": values, "p_weight": weight, "p_bias": bias, "p_y": y,
+        "p_rest": rest, "p_normed": normed, "rows": rows, "entries": len(columns), "split": split, "normed": count,
+        "row_programs": row_programs, "eps": eps, **shape,
+    }  # fmt: skip
     return Launch(row_kernels.gather_forward, x.shape[0] * row_programs, arguments, _warps(width), stages=1)
 
 
@@ -152,25 +140,11 @@ def _norm_backward(
     dmixed = dnormed.new_empty(batch, normed, width)
     partial = torch.empty(programs, 2, width, dtype=torch.float32, device=dnormed.device) if affine else None
     arguments = _mixed(*mixed, first) | {
-        "p_starts": starts,
-        "p_columns": columns,
-        "p_values": values,
-        "p_weight": weight,
-        "p_dnormed": dnormed,
-        "p_dy": dy,
-        "p_dmixed": dmixed,
-        "p_partial": partial,
-        "rows": normed if starts is None else len(starts),
-        "entries": 0 if columns is None else len(columns),
-        "normed": normed,
-        "row_programs": row_programs,
-        "items": items,
-        "programs": programs,
-        **_strides("n", dnormed),
-        **_strides("y", dy),
-        "eps": eps,
-        **shape,
-    }
+        "p_starts": starts, "p_columns": columns, "p_values": values, "p_weight": weight, "p_dnormed": dnormed,
+        "p_dy": dy, "p_dmixed": dmixed, "p_partial": partial, "rows": normed if starts is None else len(starts),
+        "entries": 0 if columns is None else len(columns), "normed": normed, "row_programs": row_programs,
+        "items": items, "programs": programs, **_strides("n", dnormed), **_strides("y", dy), "eps": eps, **shape,
+    }  # fmt: skip
     return Launch(row_kernels.norm_backward, programs, arguments, warps=8, stages=1), dmixed, partial
 
 
@@ -191,23 +165,11 @@ def _gather_backward(
     shape = whole_rows(width, 2048 if dy.element_size() == 2 else 512, *state, dy, drest)
     row_programs = -(-tokens // shape["ROWS"])
     arguments = _mixed(*state, first) | {
-        "p_dy": dy,
-        "p_drest": drest,
-        "p_starts": column_starts,
-        "p_rows": rows,
-        "p_entries": entries,
-        "p_values": values,
-        "p_dx": dx,
-        "p_dcarried": dcarried,
-        "p_partial": partial,
-        "tokens": tokens,
-        "entries": len(values),
-        "split": split,
-        "row_programs": row_programs,
-        **_strides("y", dy),
-        **_strides("r", drest),
-        **shape,
-    }
+        "p_dy": dy, "p_drest": drest, "p_starts": column_starts, "p_rows": rows, "p_entries": entries,
+        "p_values": values, "p_dx": dx, "p_dcarried": dcarried, "p_partial": partial, "tokens": tokens,
+        "entries": len(values), "split": split, "row_programs": row_programs, **_strides("y", dy),
+        **_strides("r", drest), **shape,
+    }  # fmt: skip
     return Launch(row_kernels.gather_backward, batch * row_programs, arguments, _warps(width), stages=1)
 
 
@@ -230,37 +192,15 @@ def mix_launch(
     width_programs = 1 if norm is not None else -(-width // columns)
     weight, bias, eps, normed = norm or (None, None, 0.0, None)
     arguments = {
-        "p_matrix": matrix,
-        "p_x": x,
-        "p_carried": carried,
-        "p_weight": weight,
-        "p_bias": bias,
-        "p_y": y,
-        "p_rest": rest,
-        "p_normed": normed,
-        "rows": rows,
-        "tokens": first + (0 if carried is None else carried.shape[1]),
-        "padded": matrix.shape[1],
-        "first": first,
-        "split": y.shape[1],
-        "normed": 0 if normed is None else normed.shape[1],
-        "width": width,
-        "row_programs": row_programs,
-        "width_programs": width_programs,
-        "stride_matrix": matrix.stride(0),
-        **_strides("x", x),
-        **_strides("c", carried),
-        **_strides("y", y),
-        **_strides("r", rest),
-        "eps": eps,
-        "TRANSPOSED": transposed,
-        "ROWS": block,
-        "COLUMNS": columns,
-        "CHUNK": CHUNK,
-        "STAGES": stages,
-        "ALIGNED": aligned(x, carried, y, rest),
-        "PRECISION": precision(x),
-    }
+        "p_matrix": matrix, "p_x": x, "p_carried": carried, "p_weight": weight, "p_bias": bias, "p_y": y,
+        "p_rest": rest, "p_normed": normed, "rows": rows,
+        "tokens": first + (0 if carried is None else carried.shape[1]), "padded": matrix.shape[1], "first": first,
+        "split": y.shape[1], "normed": 0 if normed is None else normed.shape[1], "width": width,
+        "row_programs": row_programs, "width_programs": width_programs, "stride_matrix": matrix.stride(0),
+        **_strides("x", x), **_strides("c", carried), **_strides("y", y), **_strides("r", rest), "eps": eps,
+        "TRANSPOSED": transposed, "ROWS": block, "COLUMNS": columns, "CHUNK": CHUNK, "STAGES": stages,
+        "ALIGNED": aligned(x, carried, y, rest), "PRECISION": precision(x),
+    }  # fmt: skip
     return Launch(kernels.mix, batch * row_programs * width_programs, arguments, warps=warps, stages=stages)
 
 
@@ -275,31 +215,13 @@ def matrix_gradient_launch(
     partial = torch.empty(splits, rows, tokens, dtype=torch.float32, device=x.device)
     stages = 2 if device.family == 90 and x.element_size() == 2 else 1
     arguments = {
-        "p_dy": dy,
-        "p_drest": drest,
-        "p_x": x,
-        "p_carried": carried,
-        "p_partial": partial,
-        "batch": batch,
-        "rows": rows,
-        "tokens": tokens,
-        "split": dy.shape[1],
-        "first": first,
-        "width": width,
-        **_strides("y", dy),
-        **_strides("r", drest),
-        **_strides("x", x),
-        **_strides("c", carried),
-        "row_programs": row_programs,
-        "token_programs": token_programs,
-        "splits": splits,
-        "ROWS": 64,
-        "TOKENS": 64,
-        "CHUNK": 64 if x.element_size() == 2 and device.family > 80 else 32,
-        "STAGES": stages,
-        "ALIGNED": aligned(dy, drest, x, carried),
-        "PRECISION": precision(x),
-    }
+        "p_dy": dy, "p_drest": drest, "p_x": x, "p_carried": carried, "p_partial": partial, "batch": batch,
+        "rows": rows, "tokens": tokens, "split": dy.shape[1], "first": first, "width": width, **_strides("y", dy),
+        **_strides("r", drest), **_strides("x", x), **_strides("c", carried), "row_programs": row_programs,
+        "token_programs": token_programs, "splits": splits, "ROWS": 64, "TOKENS": 64,
+        "CHUNK": 64 if x.element_size() == 2 and device.family > 80 else 32, "STAGES": stages,
+        "ALIGNED": aligned(dy, drest, x, carried), "PRECISION": precision(x),
+    }  # fmt: skip
     grid = row_programs * token_programs * splits
     warps = 8 if device.family == 80 else 4
     return Launch(kernels.matrix_gradient, grid, arguments, warps, stages), partial

@@ -155,9 +155,6 @@ class Call(Protocol):
     def cast(self, dtype: torch.dtype) -> "Call":
         """The call under autocast."""
 
-    def example(self) -> Tensor:
-        """The tensor whose dtype and shape tell whether there is a kernel."""
-
     def supported(self) -> bool:
         """Whether there is a kernel for its dtype and shape."""
 
@@ -257,7 +254,7 @@ def _chosen(call: Call, op: str | None, device: Device | None) -> Device | None:
     supported = call.supported()
     if _backend != "triton" and op is not None:
         return device if supported and call.faster() else None
-    x = call.example()
+    x = call[0]
     if not supported:
         problem = f"there is none for {x.dtype} tensors of shape {tuple(x.shape)}"
     elif device is not None:

@@ -168,3 +168,30 @@ print("as the first", len(KNOWN))
 
 def test_a_repeated_mix_launches_as_the_first_one_did():
     assert run("-c", REPEATED_MIX).startswith("as the first")
+
+
+PACKED = """
+import torch
+from bench.stand_in import stand_in
+from pm_kernels import fused_merge_attention_qkv
+from pm_kernels.runtime import KNOWN, Prepared
+
+runs, run = [], Prepared.run
+Prepared.run = lambda self, tensors: runs.append(tensors) or run(self, tensors)
+with stand_in() as device:
+    for recorded in (False, True):
+        for _ in range(2):
+            qkv = torch.empty(2, 9, 3, 2, 16, dtype=torch.float16, requires_grad=recorded)
+            with torch.set_grad_enabled(recorded):
+                out = fused_merge_attention_qkv(qkv)
+            assert out.requires_grad == recorded
+            addresses = {x.data_ptr() for x in device.launched[-1] if isinstance(x, torch.Tensor)}
+            assert {out.data_ptr(), *(part.data_ptr() for part in qkv.unbind(2))} <= addresses
+assert len(runs) == 3 and len(KNOWN) == 1, (len(runs), len(KNOWN))
+print("prepared")
+"""
+
+
+def test_a_packed_projection_is_repeated_too_and_in_training():
+    """The first call plans; later ones take up what it prepared, recorded for a backward or not."""
+    assert run("-c", PACKED).strip() == "prepared"
