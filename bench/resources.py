@@ -65,7 +65,8 @@ class AttentionCase(NamedTuple):
 
     def launches(self) -> list[NamedTuple]:
         """What the package would launch: forward, then backward with every gradient."""
-        from pm_kernels import attention_launch
+        from pm_kernels.attention import Attention
+        from pm_kernels.attention_plan import plan_backward, plan_forward
 
         device, dtype = _device(self.target), getattr(torch, self.dtype)
         batch, heads = 256, 6
@@ -74,12 +75,11 @@ class AttentionCase(NamedTuple):
         keys = self.merged or self.tokens
         merge = torch.empty(self.merged, self.tokens, dtype=dtype, device="meta") if self.merged else None
         gate = torch.empty(batch, heads, keys, device="meta") if self.extras else None
-        options = (merge, gate, gate, self.width**-0.5, self.merge_queries)
-        forward = attention_launch.plan_forward(device, q, k, v, *options)
-        dout = torch.empty_like(forward.out)
+        call = Attention(q, k, v, merge, gate, gate, None, self.merge_queries)
+        out, lse = call.results()
+        forward = plan_forward(device, call, out, lse)
         wanted = (self.merged is not None, self.extras, self.extras)
-        backward = attention_launch.plan_backward(device, dout, q, k, v, forward.out, forward.lse, *options, wanted)
-        return forward.launches + backward.launches
+        return forward + plan_backward(device, call, torch.empty_like(out), out, lse, wanted).launches
 
 
 class MixCase(NamedTuple):
@@ -88,16 +88,18 @@ class MixCase(NamedTuple):
     target: int
     dtype: str
     width: int
-    matrix: str  # sparse, dense, or blocks
+    matrix: str  # sparse or dense
     extras: bool  # with the LayerNorm, carried rows, and an update
 
     def launches(self) -> list[NamedTuple]:
         """What the package would launch: forward, then backward with every gradient."""
-        from pm_kernels import token_mix_launch as mix
-        from pm_kernels.sparse import CHUNK, LISTED
+        from pm_kernels import ByColumn, SparseRows
+        from pm_kernels.mixing import Mix
+        from pm_kernels.mixing_plan import plan_backward, plan_forward
+        from pm_kernels.runtime import padded
 
         device, batch, rows, kept = _device(self.target), 256, 137, 118 if self.extras else 137
-        tokens, entries = rows, 192
+        entries = 192
 
         def floating(*shape: int) -> torch.Tensor:
             return torch.empty(*shape, dtype=getattr(torch, self.dtype), device="meta")
@@ -105,31 +107,25 @@ class MixCase(NamedTuple):
         def integers(count: int) -> torch.Tensor:
             return torch.empty(count, dtype=torch.int32, device="meta")
 
-        y, rest = floating(batch, kept, self.width), floating(batch, rows - kept, self.width) if self.extras else None
-        update = y if self.extras and self.matrix == "sparse" else None
-        state = mix.State(y, update, rest)
-        structure = {
-            "sparse": [integers(n) for n in (rows, entries, tokens, entries, entries)],
-            "dense": [],
-            "blocks": [integers(-(-rows // LISTED) + 1), integers(9)],
-        }[self.matrix]
-        matrix = floating(entries) if self.matrix == "sparse" else floating(rows, -(-tokens // CHUNK) * CHUNK)
-        weight = torch.empty(self.width, device="meta") if self.extras else None
-        normed = kept if self.extras else 0
-        forward = mix.plan_forward(device, state, matrix, structure, weight, weight, 1e-6, kept, normed)
-        backward = mix.plan_backward(
-            device, y, rest, y if self.extras else None, state, y,
-            matrix if self.matrix == "sparse" else floating(rows, tokens), structure, weight, 1e-6, kept, tokens,
-            (True, True, self.extras),
-        )  # fmt: skip
-        return forward.launches + backward.launches
+        x, rest = floating(batch, kept, self.width), floating(batch, rows - kept, self.width) if self.extras else None
+        sparse, matrix = self.matrix == "sparse", floating(rows, rows)
+        if sparse:
+            by_column = ByColumn(integers(rows), integers(entries), integers(entries))
+            matrix = SparseRows(integers(rows), integers(entries), floating(entries), by_column)
+        weight = torch.empty(self.width, device="meta")
+        norm = (weight, weight, 1e-6) if self.extras else None
+        call = Mix(x, x if self.extras and sparse else None, rest, matrix, norm, kept, kept)
+        forward = plan_forward(device, call if sparse else call._replace(matrix=padded(matrix)), *call.results())
+        gradients = (x, rest, x if self.extras else None)
+        backward = plan_backward(device, call, gradients, x, kept, rows, (True, True, self.extras))
+        return [forward, *backward.launches]
 
 
 Case = AttentionCase | MixCase
 
 
 def _device(target: int) -> NamedTuple:
-    from pm_kernels.launch import Device
+    from pm_kernels.runtime import Device
 
     torch.set_float32_matmul_precision("high")
     return Device(target, TARGETS[target].multiprocessors, TARGETS[target].shared_per_program)
@@ -148,7 +144,7 @@ def cases(
                     tokens = 197 if merged <= 256 else 1601
                     yield AttentionCase(target, dtype, width, tokens, merged, merge_queries, extras)
         for width in widths:
-            for matrix in ("sparse", "dense", "blocks"):
+            for matrix in ("sparse", "dense"):
                 yield MixCase(target, dtype, width, matrix, extras)
 
 

@@ -4,7 +4,6 @@ What Python does between a call and the launch can be measured, and looked at, o
 """
 
 import collections
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,8 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from pm_kernels import attention, attention_op, token_mix_op
-from pm_kernels.launch import Device
+from pm_kernels import backend, runtime
 
 from .resources import TARGETS
 
@@ -51,22 +49,13 @@ class StandIn:
 def stand_in(family: int = 90) -> Iterator[StandIn]:
     """Kernels on CPU tensors are launched on a stand-in. Not where Triton's interpreter is chosen."""
     target = TARGETS[family]
-    device = Device(family, target.multiprocessors, target.shared_per_program)
-    operators = (attention_op, token_mix_op)
-    dispatchers = (attention, sys.modules["pm_kernels.token_mix"])  # the package has a function of the module's name
-    before = [module.kernel_device for module in operators], [module.use_kernels for module in dispatchers]
+    device, before = runtime.Device(family, target.multiprocessors, target.shared_per_program), runtime.target
     standing = StandIn(family)
     driver.set_active(standing)
-    for module in operators:
-        module.kernel_device = lambda tensor: device
-    for module in dispatchers:
-        module.use_kernels = lambda *_, **__: True
+    runtime.target = lambda tensor: device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), backend("triton"):
             yield standing
     finally:
-        for module, function in zip(operators, before[0], strict=True):
-            module.kernel_device = function
-        for module, function in zip(dispatchers, before[1], strict=True):
-            module.use_kernels = function
+        runtime.target = before
         driver.set_active(None)  # Triton looks for its own again when it needs one

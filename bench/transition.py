@@ -90,7 +90,7 @@ def traffic(compressed: PMVisionTransformer) -> list[dict]:
     ``least`` reads the state once, and writes the next state and the normed rows. The matrix and the norm's weights are
     counted as moved, at a batch of one image; at larger ones they come from the cache.
     """
-    from pm_kernels.token_mix_launch import whole_rows
+    from pm_kernels.mixing_plan import whole_rows
 
     width = SMALL.width
     per_program = whole_rows(width, 2048)["ROWS"]

@@ -2,12 +2,11 @@
 
 from . import reference
 from .attention import fused_merge_attention, fused_merge_attention_qkv
-from .backend import backend
-from .sparse import BlockRows, ByColumn, SparseRows
-from .token_mix import token_mix, token_mix_layer_norm, transition
+from .mixing import token_mix, token_mix_layer_norm, transition
+from .reference import ByColumn, SparseRows
+from .runtime import backend
 
 __all__ = [
-    "BlockRows",
     "ByColumn",
     "SparseRows",
     "backend",

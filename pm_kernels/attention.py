@@ -1,13 +1,139 @@
-"""Attention over merged tokens, with a gate and a bias per key: contract, checks and dispatch."""
+"""Attention over merged tokens, with a gate and a bias per key: contract, checks, autograd, registration."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from . import reference
-from .attention_op import attention, packed_attention, supported, unpacked
-from .autocast import autocast_inputs
-from .backend import full_precision, use_kernels
-from .checks import check_attention, check_packed_attention
+from . import reference, runtime
+from .runtime import Known, check_tensor
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call: tokens of q as ``rows`` and of k as ``tokens``, and what both are after merging."""
+
+    batch: int
+    heads: int
+    width: int
+    rows: int
+    tokens: int
+    queries: int
+    keys: int
+
+
+class Attention(NamedTuple):
+    """The arguments of the op, as :func:`fused_merge_attention` takes them.
+
+    Where k and v are None, q is a packed projection (B, N, 3, H, d).
+    """
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    merge: Tensor | None = None
+    gate: Tensor | None = None
+    key_bias: Tensor | None = None
+    scale: float | None = None
+    merge_queries: bool = True
+
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, H, N, d)."""
+        return self.q.permute(2, 0, 3, 1, 4).unbind(0) if self.k is None else (self.q, self.k, self.v)
+
+    def sizes(self) -> Sizes:
+        """The sizes of arguments that fit together."""
+        if self.k is None:
+            batch, rows, _, heads, width = self.q.shape
+            tokens = rows
+        else:
+            (batch, heads, rows, width), tokens = self.q.shape, self.k.shape[2]
+        keys = tokens if self.merge is None else self.merge.shape[0]
+        return Sizes(
+            batch, heads, width, rows, tokens, rows if self.merge is None or not self.merge_queries else keys, keys
+        )
+
+    def check(self, op: str) -> None:
+        """Raise what :func:`fused_merge_attention` does where the arguments do not fit together."""
+        name = "q" if op == "fused_merge_attention" else "qkv"
+        self._check_unpacked() if name == "q" else self._check_packed()
+        if self.merge is not None:
+            check_tensor("merge", self.merge, self.q, name)
+            tokens = self.sizes().tokens
+            if self.merge.dim() != 2 or self.merge.shape[1] != tokens:
+                raise ValueError(
+                    f"merge must have shape (C, N) with N = {tokens} (the tokens of {name}), got "
+                    f"{tuple(self.merge.shape)}"
+                )
+        sizes = self.sizes()
+        shape = (sizes.batch, sizes.heads, sizes.keys)
+        for option, value in (("gate", self.gate), ("key_bias", self.key_bias)):
+            if value is not None:
+                check_tensor(option, value, self.q, name, dtype=False)
+                aligned = zip(reversed(value.shape), reversed(shape), strict=False)
+                if value.dim() > 3 or any(size not in (1, expected) for size, expected in aligned):
+                    raise ValueError(f"{option} must broadcast to (B, H, keys) = {shape}, got {tuple(value.shape)}")
+
+    def _check_packed(self) -> None:
+        check_tensor("qkv", self.q)
+        if self.q.dim() != 5 or self.q.shape[2] != 3:
+            raise ValueError(f"qkv must have shape (B, N, 3, H, d), got {tuple(self.q.shape)}")
+        _check_last_dimension("qkv", self.q)
+
+    def _check_unpacked(self) -> None:
+        q, k, v = named = self[:3]
+        for name, tensor in zip("qkv", named, strict=True):
+            check_tensor(name, tensor)
+        if q.dim() != 4:
+            raise ValueError(f"q must have shape (B, H, N, d), got {tuple(q.shape)}")
+        sizes = (0, 1, 3) if self.merge is None else (0, 1, 2, 3)
+        if k.dim() != 4 or any(k.shape[index] != q.shape[index] for index in sizes):
+            but = ", but for the number of tokens" if self.merge is None else ""
+            raise ValueError(f"k must have the shape of q, {tuple(q.shape)}{but}, got {tuple(k.shape)}")
+        if v.shape != k.shape:
+            raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+        for name, tensor in zip("qkv", named, strict=True):
+            check_tensor(name, tensor, q, "q")
+            _check_last_dimension(name, tensor)
+
+    def cast(self, dtype: torch.dtype) -> "Attention":
+        """The call under autocast: the gate and the bias keep their dtype."""
+        return self._replace(**{name: runtime.cast(getattr(self, name), dtype) for name in ("q", "k", "v", "merge")})
+
+    def supported(self) -> bool:
+        """Whether there are kernels for q's dtype and head width."""
+        return self.q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 1 <= self.q.shape[-1] <= 128
+
+    def faster(self) -> bool:
+        """Whether the kernels are faster on a GPU than PyTorch's own attention.
+
+        They are not for long sequences without merge, gate or bias, for which it has kernels of its own, nor for
+        float32 at full precision, which takes no matrix unit.
+        """
+        if self.q.dtype == torch.float32 and runtime.full_precision():
+            return False
+        sizes = self.sizes()
+        plain = self.merge is None and self.gate is None and self.key_bias is None
+        return not plain or max(sizes.rows, sizes.tokens) <= 256
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Memory for the output, in which the projection that follows finds its rows contiguous, and for lse."""
+        batch, heads, width, _, _, queries, _ = self.sizes()
+        out = self.q.new_empty(batch, queries, heads, width).transpose(1, 2)
+        return out, self.q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+    def flops(self) -> tuple[int, int]:
+        """Floating-point operations of one product of the attention, and of all that merge."""
+        batch, heads, width, _, tokens, queries, keys = self.sizes()
+        product = 2 * batch * heads * keys * width
+        return product * queries, 0 if self.merge is None else product * tokens * (3 if self.merge_queries else 2)
+
+
+def _check_last_dimension(name: str, tensor: Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must have a contiguous last dimension (stride 1), got strides {tuple(tensor.stride())}"
+        )
 
 
 def fused_merge_attention(
@@ -48,13 +174,7 @@ def fused_merge_attention(
         RuntimeError: the backend is ``"triton"``, which has no kernel for this dtype, head width (up to 128) or
             device; or a second derivative is taken on the kernels.
     """
-    check_attention(q, k, v, merge, gate, key_bias)
-    q, k, v, merge = autocast_inputs(q, k, v, merge)
-    if _on_kernels(q, k, merge, gate, key_bias):
-        return attention(q, k, v, merge, gate, key_bias, _scale(q, scale), merge_queries)[0]
-    return reference.fused_merge_attention(
-        q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
-    )
+    return _attend(Attention(q, k, v, merge, gate, key_bias, scale, merge_queries), "fused_merge_attention")
 
 
 def fused_merge_attention_qkv(
@@ -81,31 +201,127 @@ def fused_merge_attention_qkv(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`fused_merge_attention` does.
     """
-    check_packed_attention(qkv, merge, gate, key_bias)
-    qkv, merge = autocast_inputs(qkv, merge)
-    q, k, v = unpacked(qkv)
-    if _on_kernels(q, k, merge, gate, key_bias):
-        return packed_attention(qkv, merge, gate, key_bias, _scale(q, scale), merge_queries)
-    return reference.fused_merge_attention(
-        q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
+    return _attend(Attention(qkv, None, None, merge, gate, key_bias, scale, merge_queries), "fused_merge_attention_qkv")
+
+
+def _attend(call: Attention, op: str) -> Tensor:
+    call, known, how = runtime.settle(call, op)
+    if known.device is None:
+        q, k, v = call.heads()
+        _, _, _, merge, gate, key_bias, scale, merge_queries = call
+        return reference.fused_merge_attention(
+            q, k, v, merge, gate=gate, key_bias=key_bias, scale=scale, merge_queries=merge_queries
+        )
+    if how == "launch":
+        return _run(call, known)[0]
+    return (_Recorded.apply(known, *call) if how == "record" else attention(*call))[0]
+
+
+def _run(call: Attention, known: Known) -> tuple[Tensor, Tensor]:
+    """The output and ``lse`` (B, H, queries) in float32, the base-2 logarithm of each query's softmax denominator."""
+    results, (q, k, v) = call.results(), call.heads()
+    merge = None if call.merge is None else runtime.padded(call.merge)
+    tensors = (q, k, v, merge, call.gate, call.key_bias, *results)
+    with runtime.on_device(q):
+        if not known.repeat(tensors):
+            from .attention_plan import plan_forward
+
+            plan = plan_forward(known.device, call._replace(q=q, k=k, v=v, merge=merge), *results)
+            known.run(plan, ("p_q", "p_k", "p_v", "p_merge", "p_gate", "p_bias", "p_out", "p_lse"), tensors)
+    return results
+
+
+def _forward(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
+    call, known, _ = runtime.settle(Attention(*arguments))
+    return _run(call, known)
+
+
+def _backward(
+    dout: Tensor, out: Tensor, lse: Tensor, *arguments: Tensor | float | bool | list[bool] | None
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, packed (B, N, 3, H, d), and those ``wanted`` of merge, gate and key_bias, or empty."""
+    *arguments, wanted = arguments
+    call = Attention(*arguments)
+    from .attention_plan import plan_backward
+
+    with runtime.on_device(dout):
+        plan = plan_backward(runtime.kernel_device(dout), call, dout, out, lse, wanted)
+        for launch in plan.launches:
+            launch.run()
+    dmerge = sum(partial.sum(0) for partial in plan.partial_dmerges)
+    return plan.dqkv, *(
+        # The gradient is summed over what was broadcast.
+        gradient.sum_to_size(tensor.shape).to(tensor.dtype) if want else dout.new_empty(0)
+        for tensor, gradient, want in zip(call[3:6], (dmerge, plan.dgate, plan.dbias), wanted, strict=True)
     )
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+def _backward_fake(dout: Tensor, out: Tensor, lse: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    *arguments, wanted = arguments
+    call = Attention(*arguments)
+    batch, heads, width, rows, tokens, _, _ = call.sizes()
+    return dout.new_empty(batch, rows if rows == tokens else max(rows, tokens), 3, heads, width), *(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else dout.new_empty(0)
+        for tensor, want in zip(call[3:6], wanted, strict=True)
+    )
 
 
-def _on_kernels(q: Tensor, k: Tensor, merge: Tensor | None, gate: Tensor | None, key_bias: Tensor | None) -> bool:
-    plain = merge is None and gate is None and key_bias is None
-    return use_kernels("fused_merge_attention", q, supported(q), faster=not _pytorch_is_faster(q, k, plain))
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, known: Known | None, *arguments: Tensor | float | bool | None
+    ) -> tuple[Tensor, Tensor]:
+        if known is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = attention(*arguments)
+        else:
+            out, lse = _run(Attention(*arguments), known)
+        *tensors, ctx.scale, ctx.merge_queries = arguments
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:7]
+        dqkv, *others = attention_backward(dout, out, lse, *tensors, ctx.scale, ctx.merge_queries, needs[3:])
+        if tensors[1] is None:
+            heads = (dqkv, None, None)
+        else:
+            heads = (dqkv[:, : x.shape[2], index].transpose(1, 2) for index, x in enumerate(tensors[:3]))
+        gradients = (gradient if need else None for gradient, need in zip((*heads, *others), needs, strict=True))
+        return None, *gradients, None, None
 
 
-def _pytorch_is_faster(q: Tensor, k: Tensor, plain: bool) -> bool:
-    """Whether PyTorch's own attention is the faster one on a GPU.
+def _forward_flops(*arguments: object) -> int:
+    attending, merging = Attention(*arguments).flops()
+    return 2 * attending + merging
 
-    It is for long sequences without merge, gate or bias, for which it has kernels of its own, and for float32 at full
-    precision, which takes no matrix unit.
-    """
-    if q.dtype == torch.float32 and full_precision():
-        return True
-    return plain and max(q.shape[2], k.shape[2]) > 256
+
+def _backward_flops(dout: Tensor, out: Tensor, lse: Tensor, *arguments: object) -> int:
+    *arguments, wanted = arguments
+    attending, merging = Attention(*arguments).flops()
+    # The logits and the merged tokens once more, then a gradient for each factor of each product.
+    return 5 * attending + (3 if wanted[0] else 2) * merging
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor? merge, Tensor? gate, Tensor? key_bias, float? scale, bool merge_queries"
+)
+attention = runtime.register(
+    f"attention({_ARGUMENTS}) -> (Tensor out, Tensor lse)",
+    _forward,
+    lambda *arguments: Attention(*arguments).results(),
+    _Recorded,
+    _forward_flops,
+)
+attention_backward = runtime.register(
+    f"attention_backward(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool[3] wanted) "
+    "-> (Tensor dqkv, Tensor dmerge, Tensor dgate, Tensor dkey_bias)",
+    _backward,
+    _backward_fake,
+    "fused_merge_attention cannot be differentiated twice on its kernels",
+    _backward_flops,
+)

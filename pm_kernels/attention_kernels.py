@@ -1,4 +1,4 @@
-"""The Triton kernels of fused_merge_attention. Names: p_ pointers, i_ indices, o_ offsets, b_ blocks, m_ masks.
+"""The Triton kernels of the attention's forward. Names: p_ pointers, i_ indices, o_ offsets, b_ blocks, m_ masks.
 
 Logits are kept in base 2: ``scale`` and the bias are multiplied by log2(e) once, and the softmax takes ``exp2``.
 ``lse`` is the base-2 logarithm of a row's softmax denominator, and +inf for a row without any key, so that
@@ -8,16 +8,10 @@ Logits are kept in base 2: ``scale`` and the bias are multiplied by log2(e) once
 import triton
 import triton.language as tl
 
-from .token_mix_kernels import zeros
+from .mixing_kernels import zeros
 
 # Counts are not compiled in: a model whose blocks have different numbers of tokens runs the same few kernels.
-COUNTS = (
-    "queries",
-    "keys",
-    "tokens",
-    "programs",
-    "tiles",
-)
+COUNTS = ("queries", "keys", "tokens", "programs", "tiles")
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -90,19 +84,22 @@ def load_merge(p_merge, stride_merge, o_c, rows, o_n):
 
 
 @triton.jit
-def merge_rows(
-    p_merge, p_x, o_c, rows, tokens, stride_merge,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+def take_rows(
+    p_merge, p_x, o_c, count, tokens, stride_merge,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, MERGED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``o_c`` [R] of merge (rows, tokens) @ x (tokens, WIDTH): [R, COLUMNS] in x's dtype."""
-    b_y = tl.zeros([o_c.shape[0], COLUMNS], tl.float32)
-    for n in tl.range(0, tokens, CHUNK, num_stages=STAGES):
-        o_n = n + tl.arange(0, CHUNK)
-        b_m = load_merge(p_merge, stride_merge, o_c, rows, o_n)
-        b_x = load_rows(p_x, o_n, tokens, STRIDE, WIDTH, COLUMNS, False)
-        b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
-    return b_y.to(p_x.dtype.element_ty)
+    """Rows ``o_c`` [R] of x (count, WIDTH) or, MERGED, of merge (count, tokens) @ x: [R, COLUMNS] in x's dtype."""
+    if MERGED:
+        b_y = tl.zeros([o_c.shape[0], COLUMNS], tl.float32)
+        for n in tl.range(0, tokens, CHUNK, num_stages=STAGES):
+            o_n = n + tl.arange(0, CHUNK)
+            b_m = load_merge(p_merge, stride_merge, o_c, count, o_n)
+            b_x = load_rows(p_x, o_n, tokens, STRIDE, WIDTH, COLUMNS, False)
+            b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)
+        return b_y.to(p_x.dtype.element_ty)
+    else:
+        return load_rows(p_x, o_c, count, STRIDE, WIDTH, COLUMNS, WHOLE)
 
 
 @triton.jit
@@ -128,11 +125,25 @@ def attend(
 
 
 @triton.jit
+def store_attended(
+    p_out, p_lse, b_max, b_sum, b_out, o_q, queries,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Normalise and write the rows ``o_q`` of the output, and their lse."""
+    m_empty = b_sum == 0
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+    store_rows(p_out, b_out * (1.0 / b_sum)[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
+    b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
+    tl.store(p_lse + o_q, b_lse, mask=o_q < queries)
+
+
+@triton.jit
 def attend_resident(
-    b_q, b_ks, b_vs, p_bias, i_head, keys, scale,
+    b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, o_q, queries, keys, scale,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     BIAS_PER_HEAD: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries [R, D] over all of a head's keys and values, tuples of [PIECE, D]; returns what :func:`attend` does."""
+    """Queries [R, D] over all of a head's keys and values, tuples of [PIECE, D]; writes the rows ``o_q``."""
     b_max = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
     b_sum = tl.zeros([b_q.shape[0]], tl.float32)
     b_out = tl.zeros([b_q.shape[0], b_q.shape[1]], tl.float32)
@@ -145,20 +156,7 @@ def attend_resident(
             p_bias is not None or i + 1 == len(PIECES), PRECISION,
         )  # fmt: skip
         start += PIECES[i]
-    return b_max, b_sum, b_out
-
-
-@triton.jit
-def store_attended(
-    p_out, p_lse, b_max, b_sum, b_out, o_q, queries,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Normalise and write the rows ``o_q`` of the output, and their lse."""
-    m_empty = b_sum == 0
-    b_sum = tl.where(m_empty, 1.0, b_sum)
-    store_rows(p_out, b_out * (1.0 / b_sum)[:, None], o_q, queries, STRIDE, WIDTH, COLUMNS)
-    b_lse = tl.where(m_empty, float("inf"), b_max + tl.log2(b_sum))
-    tl.store(p_lse + o_q, b_lse, mask=o_q < queries)
+    store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, STRIDE, WIDTH, COLUMNS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -224,26 +222,22 @@ def forward_resident(
         start += PIECES[i]
 
     if TOGETHER:
-        o_q = tl.arange(0, ROWS)
-        b_max, b_sum, b_out = attend_resident(
-            b_q, b_ks, b_vs, p_bias, i_head, keys, scale, BIAS_PER_HEAD, PIECES, PRECISION
-        )
-        store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
+        attend_resident(
+            b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, tl.arange(0, ROWS), queries, keys, scale,
+            HEADS * WIDTH, WIDTH, COLUMNS, BIAS_PER_HEAD, PIECES, PRECISION,
+        )  # fmt: skip
     else:
         first = (i_program % programs) * tiles
         for tile in tl.range(first, tl.minimum(first + tiles, tl.cdiv(queries, ROWS)), num_stages=1):
             o_q = tile * ROWS + tl.arange(0, ROWS)
-            if p_merge is not None and MERGE_QUERIES:
-                b_q = merge_rows(
-                    p_merge, p_q, o_q, queries, tokens, stride_merge,
-                    Q_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
-                )  # fmt: skip
-            else:
-                b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
-            b_max, b_sum, b_out = attend_resident(
-                b_q, b_ks, b_vs, p_bias, i_head, keys, scale, BIAS_PER_HEAD, PIECES, PRECISION
-            )
-            store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
+            b_q = take_rows(
+                p_merge, p_q, o_q, queries, tokens, stride_merge, Q_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
+                p_merge is not None and MERGE_QUERIES, False,
+            )  # fmt: skip
+            attend_resident(
+                b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, o_q, queries, keys, scale,
+                HEADS * WIDTH, WIDTH, COLUMNS, BIAS_PER_HEAD, PIECES, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -287,250 +281,3 @@ def forward_streaming(
         b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
         b_max, b_sum, b_out = attend(b_q, b_k, b_v, b_bias, b_max, b_sum, b_out, scale, True, PRECISION)
     store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def backward_resident(
-    p_q, p_k, p_v, p_merge, p_gate, p_bias, p_out, p_dout, p_lse, p_dq, p_dk, p_dv, p_dgate, p_dbias,
-    queries, keys, tokens, stride_merge, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
-    stride_doutb, stride_douth, stride_dqb, stride_dkb, scale,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, MERGE_QUERIES: tl.constexpr,
-    PIECES: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All gradients of attention in one pass, for few queries: they stay on the chip while the keys pass by.
-
-    p_q, p_k, p_v, p_merge, p_gate, p_bias: as in forward_resident; p_out (B, queries, H, WIDTH)
-    p_dout (B, H, queries, WIDTH), a token every DOUT_STRIDE; p_lse (B, H, queries) float32
-    p_dq, p_dk, p_dv: gradients of the merged q, k, v, (B, rows, 3, H, WIDTH) each from its own third on,
-    with p_dk and p_dv in one buffer; p_dgate, p_dbias (B, H, keys) float32 or None
-
-    PIECES are the blocks of queries, in order; only the last reaches past the last query. The gradient of the gate is
-    the column sum of attention * (dout v^T), which is here before dv is. TRANSPOSED forms dk and dv as [D, K], where
-    the matrix unit's 64 rows are the head's width, so that STEP may be small.
-    """
-    # This program computes every gradient of one head.
-    i_head = tl.program_id(0).to(tl.int64)
-    i_b = i_head // HEADS
-    i_h = i_head % HEADS
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_out += (i_b * queries * HEADS + i_h) * WIDTH
-    p_dout += i_b * stride_doutb + i_h * stride_douth
-    p_lse += i_head * queries
-    p_dq += i_b * stride_dqb + i_h * WIDTH
-    p_dk += i_b * stride_dkb + i_h * WIDTH
-    p_dv += i_b * stride_dkb + i_h * WIDTH
-    base2 = scale * LOG2_E
-    GRADIENT: tl.constexpr = 3 * HEADS * WIDTH  # the stride of tokens in p_dq, p_dk, p_dv
-
-    b_qs = ()  # one [PIECE, COLUMNS] for each of PIECES, as are b_douts and b_dqs
-    b_douts = ()
-    b_dqs = ()
-    b_lses = ()  # one [PIECE] for each of PIECES, as is b_deltas
-    b_deltas = ()
-    start = 0
-    for i in tl.static_range(len(PIECES)):
-        o_q = start + tl.arange(0, PIECES[i])
-        if p_merge is not None and MERGE_QUERIES:
-            b_q = merge_rows(
-                p_merge, p_q, o_q, queries, tokens, stride_merge,
-                Q_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
-            )  # fmt: skip
-        else:
-            b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
-        b_out = load_rows(p_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS, i + 1 < len(PIECES))
-        b_dout = load_rows(p_dout, o_q, queries, DOUT_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
-        b_qs += (b_q,)
-        b_douts += (b_dout,)
-        b_dqs += (zeros(PIECES[i], COLUMNS),)
-        b_lses += (tl.load(p_lse + o_q, mask=o_q < queries, other=float("inf")),)
-        b_deltas += (tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1),)
-        start += PIECES[i]
-
-    for key in tl.range(0, keys, STEP, num_stages=STAGES):
-        o_k = key + tl.arange(0, STEP)
-        if p_merge is not None:
-            b_k = merge_rows(
-                p_merge, p_k, o_k, keys, tokens, stride_merge,
-                K_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
-            )  # fmt: skip
-            b_v = merge_rows(
-                p_merge, p_v, o_k, keys, tokens, stride_merge,
-                V_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
-            )  # fmt: skip
-        else:
-            b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
-            b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
-        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
-        b_dgate = tl.zeros([STEP], tl.float32)
-        b_dbias = tl.zeros([STEP], tl.float32)
-        if TRANSPOSED:
-            b_dk = tl.zeros([COLUMNS, STEP], tl.float32)
-            b_dv = tl.zeros([COLUMNS, STEP], tl.float32)
-        else:
-            b_dk = tl.zeros([STEP, COLUMNS], tl.float32)
-            b_dv = tl.zeros([STEP, COLUMNS], tl.float32)
-        if p_gate is not None:
-            b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)
-        b_summed_dqs = ()
-        for i in tl.static_range(len(PIECES)):
-            # ds is finished before any product accumulates: fewer registers are live.
-            b_s = tl.dot(b_qs[i], tl.trans(b_k), input_precision=PRECISION) * base2 + b_bias[None, :]  # [PIECE, STEP]
-            b_p = tl.exp2(b_s - b_lses[i][:, None])
-            b_dp = tl.dot(b_douts[i], tl.trans(b_v), input_precision=PRECISION)
-            if p_dgate is not None:
-                b_dgate += tl.sum(b_p * b_dp, 0)
-            if p_gate is not None:
-                b_dp *= b_gate[None, :]
-            b_ds = b_p * (b_dp - b_deltas[i][:, None])
-            if p_dbias is not None:
-                b_dbias += tl.sum(b_ds, 0)
-            b_p = b_p.to(p_dout.dtype.element_ty)
-            b_ds = b_ds.to(p_q.dtype.element_ty)
-            if TRANSPOSED:
-                b_dv = tl.dot(tl.trans(b_douts[i]), b_p, b_dv, input_precision=PRECISION)
-                b_dk = tl.dot(tl.trans(b_qs[i]), b_ds, b_dk, input_precision=PRECISION)
-            else:
-                b_dv = tl.dot(tl.trans(b_p), b_douts[i], b_dv, input_precision=PRECISION)
-                b_dk = tl.dot(tl.trans(b_ds), b_qs[i], b_dk, input_precision=PRECISION)
-            b_summed_dqs += (tl.dot(b_ds, b_k, b_dqs[i], input_precision=PRECISION),)
-        b_dqs = b_summed_dqs
-        if TRANSPOSED:
-            if p_gate is not None:
-                b_dv *= b_gate[None, :]
-            store_columns(p_dv, b_dv, o_k, keys, GRADIENT, WIDTH, COLUMNS)
-            store_columns(p_dk, b_dk * scale, o_k, keys, GRADIENT, WIDTH, COLUMNS)
-        else:
-            if p_gate is not None:
-                b_dv *= b_gate[:, None]
-            store_rows(p_dv, b_dv, o_k, keys, GRADIENT, WIDTH, COLUMNS)
-            store_rows(p_dk, b_dk * scale, o_k, keys, GRADIENT, WIDTH, COLUMNS)
-        if p_dgate is not None:
-            tl.store(p_dgate + i_head * keys + o_k, b_dgate, mask=o_k < keys)
-        if p_dbias is not None:
-            tl.store(p_dbias + i_head * keys + o_k, b_dbias, mask=o_k < keys)
-
-    start = 0
-    for i in tl.static_range(len(PIECES)):
-        o_q = start + tl.arange(0, PIECES[i])
-        store_rows(p_dq, b_dqs[i] * scale, o_q, queries, GRADIENT, WIDTH, COLUMNS)
-        start += PIECES[i]
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def backward_queries(
-    p_q, p_k, p_v, p_gate, p_bias, p_out, p_dout, p_lse, p_delta, p_dq,
-    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
-    stride_doutb, stride_douth, stride_dqb, programs, scale,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The queries' gradient for long sequences, and each query's delta, the product of its output and gradient.
-
-    p_delta (B, H, queries) float32, written here for backward_keys; the other pointers as in backward_resident
-    """
-    # This program computes one block of ROWS queries of one head; `programs` of them make up the head.
-    i_program = tl.program_id(0)
-    i_head = (i_program // programs).to(tl.int64)
-    i_b = i_head // HEADS
-    i_h = i_head % HEADS
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_out += (i_b * queries * HEADS + i_h) * WIDTH
-    p_dout += i_b * stride_doutb + i_h * stride_douth
-    p_dq += i_b * stride_dqb + i_h * WIDTH
-    base2 = scale * LOG2_E
-
-    o_q = (i_program % programs) * ROWS + tl.arange(0, ROWS)
-    b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
-    b_out = load_rows(p_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS, False)
-    b_dout = load_rows(p_dout, o_q, queries, DOUT_STRIDE, WIDTH, COLUMNS, False)
-    b_lse = tl.load(p_lse + i_head * queries + o_q, mask=o_q < queries, other=float("inf"))
-    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
-    tl.store(p_delta + i_head * queries + o_q, b_delta, mask=o_q < queries)
-    b_dq = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for key in range(0, keys, STEP):
-        o_k = key + tl.arange(0, STEP)
-        b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
-        b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
-        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * base2 + b_bias[None, :]  # [ROWS, STEP]
-        b_p = tl.exp2(b_s - b_lse[:, None])
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        if p_gate is not None:
-            b_dp *= load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)[None, :]
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
-        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
-    store_rows(p_dq, b_dq * scale, o_q, queries, 3 * HEADS * WIDTH, WIDTH, COLUMNS)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def backward_keys(
-    p_q, p_k, p_v, p_gate, p_bias, p_dout, p_lse, p_delta, p_dk, p_dv, p_dgate, p_dbias,
-    queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
-    stride_doutb, stride_douth, stride_dkb, programs, scale,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
-    KEYS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradients of keys, values, gate and bias for long sequences: queries pass by in blocks of STEP.
-
-    p_delta (B, H, queries) float32, from backward_queries; the other pointers as in backward_resident
-    """
-    # This program computes one block of KEYS keys of one head; `programs` of them make up the head.
-    i_program = tl.program_id(0)
-    i_head = (i_program // programs).to(tl.int64)
-    i_b = i_head // HEADS
-    i_h = i_head % HEADS
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_dout += i_b * stride_doutb + i_h * stride_douth
-    p_dk += i_b * stride_dkb + i_h * WIDTH
-    p_dv += i_b * stride_dkb + i_h * WIDTH
-    base2 = scale * LOG2_E
-
-    o_k = (i_program % programs) * KEYS + tl.arange(0, KEYS)
-    b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
-    b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
-    b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
-    if p_gate is not None:
-        b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)
-    b_dgate = tl.zeros([KEYS], tl.float32)
-    b_dbias = tl.zeros([KEYS], tl.float32)
-    b_dk = tl.zeros([KEYS, COLUMNS], tl.float32)
-    b_dv = tl.zeros([KEYS, COLUMNS], tl.float32)
-    for query in range(0, queries, STEP):
-        o_q = query + tl.arange(0, STEP)
-        b_q = load_rows(p_q, o_q, queries, Q_STRIDE, WIDTH, COLUMNS, False)
-        b_dout = load_rows(p_dout, o_q, queries, DOUT_STRIDE, WIDTH, COLUMNS, False)
-        b_lse = tl.load(p_lse + i_head * queries + o_q, mask=o_q < queries, other=float("inf"))
-        b_delta = tl.load(p_delta + i_head * queries + o_q, mask=o_q < queries, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * base2 + b_bias[:, None]  # [KEYS, STEP]
-        b_p = tl.exp2(b_s - b_lse[None, :])
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-        if p_dgate is not None:
-            b_dgate += tl.sum(b_p * b_dp, 1)
-        if p_gate is not None:
-            b_dp *= b_gate[:, None]
-        b_ds = b_p * (b_dp - b_delta[None, :])
-        if p_dbias is not None:
-            b_dbias += tl.sum(b_ds, 1)
-        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    if p_gate is not None:
-        b_dv *= b_gate[:, None]
-    store_rows(p_dv, b_dv, o_k, keys, 3 * HEADS * WIDTH, WIDTH, COLUMNS)
-    store_rows(p_dk, b_dk * scale, o_k, keys, 3 * HEADS * WIDTH, WIDTH, COLUMNS)
-    if p_dgate is not None:
-        tl.store(p_dgate + i_head * keys + o_k, b_dgate, mask=o_k < keys)
-    if p_dbias is not None:
-        tl.store(p_dbias + i_head * keys + o_k, b_dbias, mask=o_k < keys)

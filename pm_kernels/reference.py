@@ -1,10 +1,71 @@
 """The specification of every op in plain PyTorch: any device, any floating dtype, differentiable."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sparse import BlockRows, Matrix, SparseRows
+
+class ByColumn(NamedTuple):
+    """The entries of a :class:`SparseRows` (M, N) in order of their columns.
+
+    Args:
+        starts: (N,), where each column's entries start.
+        rows: (nonzeros,), the row of each entry.
+        entries: (nonzeros,), where the entry stands in the order of rows.
+    """
+
+    starts: Tensor
+    rows: Tensor
+    entries: Tensor
+
+    @classmethod
+    def of(cls, starts: Tensor, columns: Tensor, tokens: int) -> "ByColumn":
+        """That of a matrix with ``tokens`` columns, in its integer type."""
+        ordered, entries = torch.sort(columns, stable=True)
+        rows = torch.searchsorted(starts, entries.to(starts.dtype), right=True) - 1
+        found = torch.searchsorted(ordered, torch.arange(tokens, device=columns.device, dtype=columns.dtype))
+        return cls(*(indices.to(columns.dtype) for indices in (found, rows, entries)))
+
+
+class SparseRows(NamedTuple):
+    """A matrix (M, N) by its nonzeros, row after row, as :func:`pm_kernels.token_mix` takes it.
+
+    Args:
+        starts: (M,) int32 or int64, nondecreasing from 0: where each row's entries start; a row may be empty.
+        columns: (nonzeros,) of the same integer type: the column of each entry. A column may occur twice in a row;
+            its values are added.
+        values: (nonzeros,) floating point, differentiable.
+        by_column: the same entries in order of columns, which a backward on the kernels would work out at every call.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    by_column: ByColumn | None = None
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor) -> "SparseRows":
+        """The nonzeros of a matrix (M, N), ready for a backward."""
+        rows, columns = matrix.nonzero(as_tuple=True)
+        starts = torch.searchsorted(rows, torch.arange(len(matrix), device=matrix.device)).int()
+        by_column = ByColumn.of(starts, columns.int(), matrix.shape[1])
+        return cls(starts, columns.int(), matrix[rows, columns], by_column)
+
+    def to_dense(self, columns: int) -> Tensor:
+        """The matrix (M, ``columns``), differentiable in the values."""
+        entries = torch.arange(len(self.columns), device=self.columns.device, dtype=self.starts.dtype)
+        rows = torch.searchsorted(self.starts, entries, right=True) - 1
+        dense = self.values.new_zeros(len(self.starts), columns)
+        return dense.index_put((rows, self.columns.long()), self.values, accumulate=True)
+
+    def to(self, dtype: torch.dtype) -> "SparseRows":
+        """The same matrix with values of another dtype."""
+        return self._replace(values=self.values.to(dtype))
+
+
+Matrix = Tensor | SparseRows
 
 
 def fused_merge_attention(
@@ -31,8 +92,6 @@ def fused_merge_attention(
 
 def token_mix(x: Tensor, matrix: Matrix) -> Tensor:
     """Specification of :func:`pm_kernels.token_mix`, with the same shapes."""
-    if isinstance(matrix, BlockRows):
-        matrix = matrix.matrix
     if not isinstance(matrix, SparseRows):
         return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
     # The weighted sum of a few rows is what an embedding bag is: one bag for each row of the result.
@@ -65,17 +124,11 @@ def transition(
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Specification of :func:`pm_kernels.transition`, with the same shapes."""
-    mixed = token_mix(joined(x, update, carried), matrix)
+    state = x if update is None else x + update
+    mixed = token_mix(state if carried is None else torch.cat([state, carried], dim=1), matrix)
     y = mixed[:, :rows]
     rest = None if rows is None or rows == mixed.shape[1] else mixed[:, rows:]
     return y, rest, None if norm is None else layer_norm(y, *norm)
-
-
-def joined(x: Tensor, update: Tensor | None, carried: Tensor | None) -> Tensor:
-    """The state that a transition mixes, in one tensor."""
-    if update is not None:
-        x = x + update
-    return x if carried is None else torch.cat([x, carried], dim=1)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

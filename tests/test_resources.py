@@ -79,7 +79,7 @@ REPEATED = """
 import torch
 from bench.stand_in import stand_in
 from pm_kernels import fused_merge_attention
-from pm_kernels.attention_launch import _repeats
+from pm_kernels.runtime import KNOWN
 
 def inputs(offset=0):
     qkv = torch.empty(2 * 9 * 3 * 2 * 16 + 8, dtype=torch.float16)[offset : offset + 2 * 9 * 3 * 2 * 16]
@@ -106,7 +106,7 @@ with stand_in() as device:
             device.launched.clear()
             for planned in (False, True, False):
                 if planned:
-                    _repeats.clear()
+                    KNOWN.clear()
                 kept.append(own := inputs(offset))
                 kept.append((fused_merge_attention(*own, **options),))
                 addresses = {x.data_ptr() for x in device.launched[-1] if isinstance(x, torch.Tensor)}
@@ -117,11 +117,11 @@ with stand_in() as device:
             assert len(launched) == 3 and len({len(launch) for launch in launched}) == 1
             for launch in launched[1:]:
                 assert all(map(same, launched[0], launch))
-    _repeats.clear()
+    KNOWN.clear()
     for options in ({}, {"scale": 0.5}, {"gate": gate}, {"merge": merge}):
         for offset in (0, 8, 1):
             fused_merge_attention(*inputs(offset), **options)
-    assert len(_repeats) == 4 * 2, len(_repeats)  # options, and alignments
+    assert len(KNOWN) == 4 * 2, len(KNOWN)  # options, and alignments
 print("as the first")
 """
 
@@ -134,8 +134,8 @@ def test_a_repeated_call_launches_as_the_first_one_did():
 REPEATED_MIX = """
 import torch
 from bench.stand_in import stand_in
-from pm_kernels import BlockRows, SparseRows, transition
-from pm_kernels.token_mix_launch import _repeats
+from pm_kernels import SparseRows, transition
+from pm_kernels.runtime import KNOWN
 
 def tensor(*shape, offset=0):
     return torch.empty(torch.Size(shape).numel() + 8, dtype=torch.float16)[offset:-8 + offset or None].view(shape)
@@ -146,7 +146,7 @@ def same(before, after):
     return before is after or before == after
 
 dense = torch.eye(32, dtype=torch.float16)
-matrices = {"sparse": SparseRows.from_dense(dense), "blocks": BlockRows.from_dense(dense), "dense": dense}
+matrices = {"sparse": SparseRows.from_dense(dense), "dense": dense}
 weight, bias = torch.ones(16), torch.zeros(16)
 kept = []  # so that no memory is used twice
 with stand_in() as device:
@@ -157,7 +157,7 @@ with stand_in() as device:
                     device.launched.clear()
                     for planned in (False, True, False):
                         if planned:
-                            _repeats.clear()
+                            KNOWN.clear()
                         x = tensor(2, 32 - carried, 16, offset=offset)
                         rest = tensor(2, carried, 16, offset=offset) if carried else None
                         update = torch.empty_like(x) if kind == "sparse" else None
@@ -170,9 +170,36 @@ with stand_in() as device:
                     assert len(launched) == 3 and len({len(launch) for launch in launched}) == 1
                     for launch in launched[1:]:
                         assert all(map(same, launched[0], launch))
-print("as the first", len(_repeats))
+print("as the first", len(KNOWN))
 """
 
 
 def test_a_repeated_mix_launches_as_the_first_one_did():
     assert run("-c", REPEATED_MIX).startswith("as the first")
+
+
+PACKED = """
+import torch
+from bench.stand_in import stand_in
+from pm_kernels import fused_merge_attention_qkv
+from pm_kernels.runtime import KNOWN, Prepared
+
+runs, run = [], Prepared.run
+Prepared.run = lambda self, tensors: runs.append(tensors) or run(self, tensors)
+with stand_in() as device:
+    for recorded in (False, True):
+        for _ in range(2):
+            qkv = torch.empty(2, 9, 3, 2, 16, dtype=torch.float16, requires_grad=recorded)
+            with torch.set_grad_enabled(recorded):
+                out = fused_merge_attention_qkv(qkv)
+            assert out.requires_grad == recorded
+            addresses = {x.data_ptr() for x in device.launched[-1] if isinstance(x, torch.Tensor)}
+            assert {out.data_ptr(), *(part.data_ptr() for part in qkv.unbind(2))} <= addresses
+assert len(runs) == 3 and len(KNOWN) == 1, (len(runs), len(KNOWN))
+print("prepared")
+"""
+
+
+def test_a_packed_projection_is_repeated_too_and_in_training():
+    """The first call plans; later ones take up what it prepared, recorded for a backward or not."""
+    assert run("-c", PACKED).strip() == "prepared"

@@ -4,7 +4,7 @@ import timm
 import torch
 
 from bench.transition import SMALL, traffic
-from pm_kernels.token_mix_launch import whole_rows
+from pm_kernels.mixing_plan import whole_rows
 from pm_models import CompressionPlan, compress
 
 

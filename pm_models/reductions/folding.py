@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pm_kernels import ByColumn, SparseRows
-from pm_kernels.autocast import autocast_dtype
+from pm_kernels.runtime import autocast_dtype
 
 from .matrices import StageMatrices
 

@@ -9,7 +9,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from pm_kernels import token_mix, transition
-from pm_kernels.autocast import autocast_dtype
+from pm_kernels.runtime import autocast_dtype
 
 from ..compression import Compression
 from .blocks import attends_apart, branches, opening_norm, run_block

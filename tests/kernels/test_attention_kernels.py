@@ -7,18 +7,13 @@ import torch
 from helpers import ON_KERNELS, attention_written_out, packed_qkv, skip_without_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
-from pm_kernels import (
-    attention_launch,
-    attention_op,
-    backend,
-    fused_merge_attention,
-    fused_merge_attention_qkv,
-    reference,
-)
-from pm_kernels.attention_op import attention, attention_backward
-from pm_kernels.launch import INTERPRETER, Device, Launch
+from pm_kernels import backend, fused_merge_attention, fused_merge_attention_qkv, reference, runtime
+from pm_kernels.attention import Attention, attention, attention_backward
+from pm_kernels.runtime import INTERPRETER, Device, Launch
 
 skip_without_kernels()
+from pm_kernels import attention_plan  # noqa: E402  # needs Triton
+
 pytestmark = ON_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,7 +116,7 @@ def test_head_widths(width, tokens, merged):
 @pytest.mark.parametrize("family", [80, 90, 100])
 def test_block_sizes_of_every_family(monkeypatch, family, tokens, merged, options):
     """Heads of 64, which have block sizes of their own on each family of GPUs."""
-    monkeypatch.setattr(attention_op, "kernel_device", lambda q: INTERPRETER._replace(family=family))
+    monkeypatch.setattr(runtime, "target", lambda tensor: INTERPRETER._replace(family=family))
     _, qkv = packed_qkv(1, 1, tokens, 64, dtype=torch.float32)
     compare(qkv, arguments_for(1, 1, tokens, merged, options))
 
@@ -336,45 +331,25 @@ def test_packed_gradients_are_not_copied(merged, merge_queries):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("queries", "tokens", "merged", "merge_queries"), OPCHECKS)
-def test_operators_are_registered_soundly(queries, tokens, merged, merge_queries, dtype):
+def test_operators_are_registered_soundly(queries, tokens, merged, merge_queries, dtype, packed):
+    if packed and queries != tokens:
+        pytest.skip("a packed projection has as many queries as keys")
     qkv = torch.randn(2, tokens, 3, 2, 16, dtype=dtype, requires_grad=True)
     q, k, v = (x.detach().requires_grad_() for x in unpacked(qkv))
     q = q.detach()[:, :, :queries].requires_grad_()
     options = arguments_for(2, 2, tokens, merged, "gate+key_bias")
     merge = None if merged is None else options["merge"].to(dtype).requires_grad_()
     gate, key_bias = (options[name].requires_grad_() for name in ("gate", "key_bias"))
-    inputs = (q, k, v, merge, gate, key_bias, 0.25, merge_queries)
+    heads = (qkv.detach().requires_grad_(), None, None) if packed else (q, k, v)
+    inputs = (*heads, merge, gate, key_bias, 0.25, merge_queries)
     torch.library.opcheck(attention, inputs)
     out, lse = attention(*(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs))
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     wanted = [merged is not None, True, True]
-    torch.library.opcheck(attention_backward, (torch.randn_like(out), *plain[:3], out, lse, *plain[3:], wanted))
-
-
-@pytest.mark.parametrize(("queries", "tokens", "merged", "merge_queries"), OPCHECKS)
-def test_operators_written_out_in_pytorch(monkeypatch, queries, tokens, merged, merge_queries):
-    """Where no kernel runs, the operators give the reference's output and gradients."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    _, qkv = packed_qkv(2, 2, tokens, 16)
-
-    def views(qkv):
-        q, k, v = unpacked(qkv)
-        return q[:, :, :queries], k, v
-
-    def operator(q, k, v, merge=None, gate=None, key_bias=None, merge_queries=True):
-        return attention(q, k, v, merge, gate, key_bias, 0.25, merge_queries)[0]
-
-    arguments = on("cpu", arguments_for(2, 2, tokens, merged, "gate+key_bias", merge_queries), torch.float64)
-    expected = attention_written_out(*views(qkv), **arguments)
-    upstream = torch.randn_like(expected)
-    for result, value in zip(
-        run(operator, qkv, views, arguments, upstream),
-        run(attention_written_out, qkv, views, arguments, upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(result, value)
+    torch.library.opcheck(attention_backward, (torch.randn_like(out), out, lse, *plain, wanted))
 
 
 def test_flops_are_those_of_the_products():
@@ -399,12 +374,12 @@ def test_flops_are_those_of_the_products():
 @pytest.mark.parametrize("count", range(1, 257))
 def test_pieces_cover_and_only_the_last_reaches_past(count):
     for pieces in (
-        attention_launch.pieces(count),
+        attention_plan.pieces(count),
         *(
             tiles.pieces
             for family in (80, 90, 100)
             for merged in (True, False)
-            if (tiles := attention_launch.backward_tiles(Device(family, 1, 2**18), 2, 64, count, merged, True))
+            if (tiles := attention_plan.backward_tiles(Device(family, 1, 2**18), 2, 64, count, merged, True))
         ),
     ):
         assert sum(pieces[:-1]) < count <= sum(pieces)
@@ -412,34 +387,40 @@ def test_pieces_cover_and_only_the_last_reaches_past(count):
 
 def plan(batch, heads, tokens, width, device=HOPPER, views=unpacked):
     qkv = torch.empty(batch, tokens, 3, heads, width, dtype=torch.float16, device="meta")
-    return attention_launch.plan_forward(device, *views(qkv), None, None, None, 0.125, True)
+    return planned(device, *views(qkv))
+
+
+def planned(device, q, k, v):
+    """The launches of a forward."""
+    call = Attention(q, k, v)
+    return attention_plan.plan_forward(device, call, *call.results())
 
 
 def test_large_grids():
     forward = plan(70000, 12, 577, 64)
-    assert forward.launches[0].programs == 70000 * 12 * 5
+    assert forward[0].programs == 70000 * 12 * 5
     with pytest.raises(ValueError, match="forward_streaming would need 4200000000 programs, more than 2"):
-        plan(70_000_000, 12, 577, 64).launches[0].run()
+        plan(70_000_000, 12, 577, 64)[0].run()
 
 
 def test_rows_past_the_reach_of_32_bits_are_copied():
     packed = plan(4, 1, 64, 64)
-    assert packed.launches[0].arguments["Q_STRIDE"] == 3 * 64
+    assert packed[0].arguments["Q_STRIDE"] == 3 * 64
     wide = torch.empty(64, 2**26, dtype=torch.float16, device="meta")
     q = wide.as_strided((1, 1, 64, 64), (2**32, 64, 2**26, 1))
-    copied = attention_launch.plan_forward(HOPPER, q, q, q, None, None, None, 0.125, True)
-    assert copied.launches[0].arguments["Q_STRIDE"] == 64
+    copied = planned(HOPPER, q, q, q)
+    assert copied[0].arguments["Q_STRIDE"] == 64
 
 
 def test_a_head_is_one_program_where_there_are_many():
-    assert plan(256, 6, 197, 64).launches[0].programs == 256 * 6
-    assert plan(1, 6, 197, 64).launches[0].programs == 6 * 4
+    assert plan(256, 6, 197, 64)[0].programs == 256 * 6
+    assert plan(1, 6, 197, 64)[0].programs == 6 * 4
 
 
 def test_small_devices_get_programs_that_fit():
     consumer = Device(family=80, multiprocessors=84, shared=99 * 1024)
-    assert attention_launch.backward_tiles(consumer, 2, 64, 197, False, True) is None
-    assert attention_launch.backward_tiles(consumer, 2, 64, 128, False, True) is not None
+    assert attention_plan.backward_tiles(consumer, 2, 64, 197, False, True) is None
+    assert attention_plan.backward_tiles(consumer, 2, 64, 128, False, True) is not None
 
 
 def test_a_launch_without_programs_does_nothing():

@@ -1,44 +1,39 @@
 """The Triton kernels of the token mixes against float64, on a GPU or in Triton's interpreter."""
 
-import itertools
-
 import pytest
 import torch
 from helpers import ON_KERNELS, skip_without_kernels, transition_written_out
 from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import (
-    BlockRows,
+    ByColumn,
     SparseRows,
     backend,
     reference,
+    runtime,
     token_mix,
-    token_mix_launch,
     token_mix_layer_norm,
-    token_mix_op,
     transition,
 )
-from pm_kernels.launch import INTERPRETER, Device
-from pm_kernels.sparse import ByColumn
-from pm_kernels.token_mix_op import mix, mix_backward
+from pm_kernels.mixing import Mix, mix, mix_backward
+from pm_kernels.runtime import INTERPRETER, Device
 
 skip_without_kernels()
+from pm_kernels import mixing_plan  # noqa: E402  # needs Triton
+
 pytestmark = ON_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KINDS = ("sparse", "sparse-unordered", "blocks", "dense")
+KINDS = ("sparse", "sparse-unordered", "dense")
 OPTIONS = ("", "norm", "update", "carried", "norm+update+carried")
 EPS = 1e-6
 
 
 def matrix_of(kind, rows, tokens):
-    """A matrix with empty rows and columns: about two nonzeros a row, two blocks, or all of them."""
+    """A matrix with empty rows and columns: about two nonzeros a row, or all of them."""
     matrix = torch.randn(rows, tokens) / max(1, tokens) ** 0.5
     if kind.startswith("sparse"):
         matrix *= torch.rand(rows, tokens) < 2 / tokens
-    elif kind == "blocks":
-        matrix[: rows // 2, : tokens // 3] = 0
-        matrix[rows // 2 :, tokens // 3 :] = 0
     if rows > 4:
         matrix[3] = 0
     return matrix
@@ -48,8 +43,6 @@ def structured(kind, dense, values):
     """The matrix as the op takes it, differentiable in ``values``, which stand in it where they stand in ``dense``."""
     if kind == "dense":
         return values
-    if kind == "blocks":
-        return BlockRows.from_dense(dense)._replace(matrix=values)
     matrix = SparseRows.from_dense(dense)._replace(values=values[dense != 0])
     return matrix if kind == "sparse" else matrix._replace(by_column=None)
 
@@ -132,12 +125,12 @@ def test_long_sequences(tokens, rows):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the block sizes of its own family")
-@pytest.mark.parametrize("kind", ["sparse", "blocks", "dense"])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
 @pytest.mark.parametrize("family", [80, 90, 100])
 def test_block_sizes_of_every_family(monkeypatch, family, kind):
     """A small device with several blocks of rows to each program, where gradients are summed."""
     device = INTERPRETER._replace(family=family, multiprocessors=1)
-    monkeypatch.setattr(token_mix_op, "kernel_device", lambda x: device)
+    monkeypatch.setattr(runtime, "target", lambda tensor: device)
     compare(kind, arguments_for("norm+carried", 5, 70, 40, matrix_of(kind, 66, 70)))
 
 
@@ -256,30 +249,8 @@ def test_columns_that_occur_twice_in_a_row():
     torch.testing.assert_close(dvalues.cpu(), gradient[rows, columns], rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_that_are_not_listed_are_left_out():
-    matrix = torch.ones(130, 70, device=DEVICE)
-    blocks = BlockRows.from_dense(matrix)
-    assert blocks.starts.tolist() == [0, 3, 6, 9]
-    assert blocks.chunks.tolist() == 3 * [0, 1, 2]
-    fewer = BlockRows(matrix, torch.tensor([0, 1, 1, 3]).int().to(DEVICE), torch.tensor([1, 0, 2]).int().to(DEVICE))
-    x = torch.randn(2, 70, 5, device=DEVICE)
-    with backend("triton"):
-        out = token_mix(x, fewer)
-    chunks = [chunk.sum(1, keepdim=True) for chunk in x.split(32, dim=1)]
-    torch.testing.assert_close(out[:, :64], chunks[1].expand(2, 64, 5), rtol=1e-4, atol=1e-4)
-    assert not out[:, 64:128].any()
-    torch.testing.assert_close(out[:, 128:], (chunks[0] + chunks[2]).expand(2, 2, 5), rtol=1e-4, atol=1e-4)
-
-
-def test_blocks_are_found():
-    matrix = torch.zeros(100, 100)
-    matrix[0, 40] = matrix[63, 41] = matrix[64, 99] = matrix[99, 0] = 1
-    blocks = BlockRows.from_dense(matrix)
-    assert (blocks.starts.tolist(), blocks.chunks.tolist()) == ([0, 1, 3], [1, 0, 3])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["sparse", "blocks", "dense"])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_half_precision_error_is_that_of_pytorch(dtype, kind):
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly")
@@ -314,7 +285,7 @@ def test_rows_far_from_zero(kind):
     torch.testing.assert_close(normed.cpu().double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "blocks", "dense"])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_an_image_does_not_depend_on_its_batch(kind):
     arguments = arguments_for("norm+update+carried", 5, 33, 24, matrix_of(kind, 29, 33))
     together = kernel(kind, **{k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
@@ -382,11 +353,11 @@ def test_double_backward_is_refused(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11 in its own tracing
-@pytest.mark.parametrize("kind", ["sparse", "blocks", "dense"])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_compiles_without_breaks(kind):
     dense = matrix_of(kind, 9, 12).to(DEVICE)
     arguments = on(DEVICE, arguments_for("norm+update+carried", 2, 12, 8, dense.cpu()))
-    matrix = {"sparse": SparseRows.from_dense, "blocks": BlockRows.from_dense, "dense": lambda x: x}[kind](dense)
+    matrix = SparseRows.from_dense(dense) if kind == "sparse" else dense
 
     def take(x, matrix, rows, carried, update, weight, bias):
         with backend("triton"):
@@ -422,50 +393,31 @@ def operator_arguments(kind, options, dtype):
     dense = matrix_of(kind, 9, 12).to(dtype)
     arguments = on("cpu", arguments_for(options, 2, 12, 16, dense), dtype)
     matrix = structured(kind, dense, arguments["matrix"].detach())
-    values, structure = matrix, []
-    if kind == "blocks":
-        values, *structure = matrix
-    elif kind != "dense":
-        values, structure = matrix.values, [matrix.starts, matrix.columns, *(matrix.by_column or ())]
-    rows, weight = arguments["rows"], arguments.get("weight")
-    state = [arguments.get(name) for name in STATE]
-    if kind in ("blocks", "dense"):
-        state[1] = None
-    values = values.detach().requires_grad_()
-    return (*state, values, structure, weight, arguments.get("bias"), EPS, rows, 0 if weight is None else rows)
+    norm = (arguments["weight"], arguments["bias"], EPS) if "norm" in options else None
+    x, update, carried = (arguments.get(name) for name in STATE)
+    update = None if kind == "dense" else update
+    inputs = list(Mix(x, update, carried, matrix, norm, arguments["rows"], arguments["rows"]).operands())
+    inputs[3] = inputs[3].detach().requires_grad_()
+    return tuple(inputs)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("options", ["", "norm+update+carried"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_operators_are_registered_soundly(kind, options, dtype):
     inputs = operator_arguments(kind, options, dtype)
     torch.library.opcheck(mix, inputs)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
-    x, update, carried, values, structure, weight, _, eps, split, normed = plain
+    x, _, carried, values = plain[:4]
     y, rest, out = mix(*plain)
+    normed = plain[-1]
     tokens = x.shape[1] + (0 if carried is None else carried.shape[1])
     gradients = (torch.randn_like(y), torch.randn_like(rest) if carried is not None else None,
                  torch.randn_like(out) if normed else None)  # fmt: skip
-    saved = (x, update, carried, y if values.dim() == 2 and normed else None, values, structure, weight)
+    saved = y if values.dim() == 2 and normed else None
     wanted = [True, True, bool(normed)]
-    torch.library.opcheck(mix_backward, (*gradients, *saved, eps, x.shape[1], tokens, split, normed, wanted))
-
-
-@pytest.mark.parametrize(("kind", "options"), list(itertools.product(KINDS, OPTIONS)))
-def test_operators_written_out_in_pytorch(monkeypatch, kind, options):
-    """Where no kernel runs, the operators give the specification's results and gradients."""
-    monkeypatch.setattr(token_mix_op, "kernel_device", lambda x: None)
-    arguments = on("cpu", arguments_for(options, 2, 12, 8, matrix_of(kind, 9, 12)))
-    upstreams = [torch.randn(result.shape) for result in transition_written_out(**arguments) if result.numel()]
-    held = matrix_gradient_held(kind, arguments["matrix"].detach())
-    for result, value in zip(
-        run(lambda **a: kernel(kind, **a), arguments, upstreams),
-        run(transition_written_out, arguments, upstreams),
-        strict=True,
-    ):
-        torch.testing.assert_close(result, value * held if value.shape == held.shape else value, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(mix_backward, (*gradients, saved, x.shape[1], tokens, *plain, wanted))
 
 
 def test_flops_are_those_of_the_products():
@@ -487,7 +439,7 @@ def test_flops_are_those_of_the_products():
 
 @pytest.mark.parametrize("width", [*range(1, 70), 192, 384, 500, 768, 1152, 1280, 1408, 1664, 2049, 4096])
 def test_pieces_cover_and_only_the_last_reaches_past(width):
-    pieces = token_mix_launch.column_pieces(width)
+    pieces = mixing_plan.column_pieces(width)
     assert sum(pieces[:-1]) < width <= sum(pieces)
     assert len(pieces) <= 3
     assert all(piece >= 16 and piece & (piece - 1) == 0 for piece in pieces)
@@ -500,17 +452,14 @@ def test_large_offsets():
     """Rows further apart than 32 bits reach are copied; a grid past what a device takes is refused."""
     matrix, starts = torch.empty(9, device="meta"), torch.empty(9, dtype=torch.int32, device="meta")
     wide = torch.empty(1, device="meta").as_strided((1, 9, 64), (2**35, 2**31, 1))
-    far, near = (
-        token_mix_launch.plan_forward(
-            HOPPER, token_mix_launch.State(x), matrix, [starts, starts], None, None, EPS, 9, 0
-        ).launches[0]
-        for x in (wide, torch.empty(1, 9, 64, device="meta"))
-    )
+
+    def planned(x):
+        call = Mix(x, None, None, SparseRows(starts, starts, matrix))
+        return mixing_plan.plan_forward(HOPPER, call, *call.results())
+
+    far, near = planned(wide), planned(torch.empty(1, 9, 64, device="meta"))
     assert far.arguments["stride_xn"] == near.arguments["stride_xn"] == 64
-    many = torch.empty(2**31, 9, 64, device="meta")
-    launch = token_mix_launch.plan_forward(
-        HOPPER, token_mix_launch.State(many), matrix, [starts, starts], None, None, EPS, 9, 0
-    ).launches[0]
+    launch = planned(torch.empty(2**31, 9, 64, device="meta"))
     with pytest.raises(ValueError, match="gather_forward would need .* programs, more than 2"):
         launch.run()
 

@@ -3,7 +3,7 @@
 import torch
 from helpers import attention_written_out, transition_written_out
 
-from pm_kernels import BlockRows, SparseRows, backend, fused_merge_attention, reference, transition
+from pm_kernels import SparseRows, backend, fused_merge_attention, reference, transition
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -45,8 +45,6 @@ def structure_of(matrix, kind):
     if kind == "sparse":
         places = matrix != 0
         return lambda values: SparseRows.from_dense(places.to(values))._replace(values=values[places])
-    if kind == "blocks":
-        return lambda values: BlockRows.from_dense(matrix.to(values.dtype))._replace(matrix=values)
     return None
 
 

@@ -64,12 +64,9 @@ def mix_inputs(draw):
     carried = draw(st.integers(0, tokens - 1))
     rows = draw(st.integers(1, total))
     matrix = torch.randn(total, tokens, device=DEVICE) / tokens**0.5
-    kind = draw(st.sampled_from(["dense", "sparse", "blocks"]))
+    kind = draw(st.sampled_from(["dense", "sparse"]))
     if kind == "sparse":
         matrix *= torch.rand(matrix.shape, device=DEVICE) < draw(st.sampled_from([0.0, 0.03, 0.2]))
-    elif kind == "blocks":
-        matrix[: total // 2, : tokens // 3] = 0
-        matrix[total // 2 :, tokens // 3 :] = 0
 
     def tensor(*sizes):
         return laid_out(torch.randn(*sizes, device=DEVICE).to(dtype), draw(st.sampled_from(LAYOUTS)))

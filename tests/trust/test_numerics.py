@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import ON_KERNELS, attention_written_out, skip_without_kernels
 
-from pm_kernels import BlockRows, SparseRows, backend, fused_merge_attention, token_mix, token_mix_layer_norm
+from pm_kernels import SparseRows, backend, fused_merge_attention, token_mix, token_mix_layer_norm
 
 skip_without_kernels()
 pytestmark = [pytest.mark.fuzz, *ON_KERNELS]
@@ -119,7 +119,7 @@ def test_the_equations_agree_with_themselves():
     torch.testing.assert_close(stable(*qkv), attention_written_out(*qkv))
 
 
-STRUCTURES = {"dense": lambda matrix: matrix, "sparse": SparseRows.from_dense, "blocks": BlockRows.from_dense}
+STRUCTURES = {"dense": lambda matrix: matrix, "sparse": SparseRows.from_dense}
 
 
 def mix_inputs():
@@ -135,8 +135,8 @@ def mix_inputs():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", STRUCTURES)
 def test_a_mix_of_what_is_not_finite(name, value, kind):
-    """A row that takes it has it. Where the matrix is 0, a dense one gives NaN, as PyTorch's product does, a sparse one
-    does not look, and blocks look as far as their tiles go."""
+    """A row that takes it has it. Where the matrix is 0, a dense one gives NaN, as PyTorch's product does, and a sparse
+    one does not look."""
     x, matrix = mix_inputs()
     expected = matrix @ x
     x[1, 5, 3] = value
@@ -146,9 +146,6 @@ def test_a_mix_of_what_is_not_finite(name, value, kind):
     expected[1, taking, 3] = value
     if kind == "dense":
         expected[1, ~taking, 3] = torch.nan
-    elif kind == "blocks":
-        looked = ~taking & found[1, :, 3].isnan()
-        expected[1, looked, 3] = torch.nan
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
