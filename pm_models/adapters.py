@@ -57,7 +57,7 @@ _NAMES = (
     (r"^pre_layrnorm\.", "norm_pre."),
     (r"^(layernorm|post_layernorm)\.", "norm."),
 )
-# What timm's forward has no use for, and the heads, which are read as modules.
+# Weights that timm's forward does not use, and those of heads, which are read as modules.
 _LEFT_OUT = re.compile(
     r"^(pooler|text_model|text_projection|decoder|rope_embeddings|heads|classifier|\w+_classifier|visual_projection)\.|^logit_"
     r"|^embeddings\.(mask_token|position_ids)$"
@@ -69,7 +69,6 @@ _HEADS = {  # attributes of the models, and timm's names
     "distillation_classifier": "head_dist",
     "visual_projection": "head",
 }
-
 
 _LIBRARIES = ("transformers", "torchvision")
 Weights = dict[str, Tensor]

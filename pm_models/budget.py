@@ -78,8 +78,8 @@ def fit_speedup(
 ) -> Fit:
     """The plan of the keep rate whose compressed model is nearest to ``target`` times as fast on the images' device.
 
-    The time of a plan is told from a table, measured once, of the blocks' time against tokens; how far that is from the
-    compressed model's is measured on the plan that the table gives, and the plan chosen anew by it.
+    A plan's speed is estimated from a table of the blocks' time against tokens, which is measured once. The compressed
+    model of the plan that fits is then measured, and the estimates are corrected by what it gives, up to four times.
 
     Args:
         model: the uncompressed model, in evaluation mode on the images' device.
@@ -96,20 +96,20 @@ def fit_speedup(
     table = measure_latency(model, images)
     rates = _keep_rates(model, prune_rate)
 
-    def told(rate: float) -> float:
+    def estimate(rate: float) -> float:
         return table.speedup(make_plan(rate))
 
     correction, fits = 1.0, {}
     for _ in range(4):
         goal = target / correction
-        within = bisect_right(rates, -goal, key=lambda rate: -told(rate))  # how many rates are told to be as fast
+        within = bisect_right(rates, -goal, key=lambda rate: -estimate(rate))  # how many rates are as fast
         if not within:
             raise ValueError(
-                f"target_speedup must be at most about {told(rates[0]) * correction:.3g} at batch {len(images)} on "
+                f"target_speedup must be at most about {estimate(rates[0]) * correction:.3g} at batch {len(images)} on "
                 f"{images.device.type}, one patch a block, got {target:g}"
             )
         # The one after them is slower than the goal, and may be nearer to it.
-        rate = min(rates[within - 1 : within + 1], key=lambda rate, goal=goal: abs(told(rate) - goal))
+        rate = min(rates[within - 1 : within + 1], key=lambda rate, goal=goal: abs(estimate(rate) - goal))
         if rate in fits:
             break
         plan = make_plan(rate)
@@ -127,7 +127,7 @@ class LatencyTable(NamedTuple):
     Args:
         tokens: ascending, the last is all tokens.
         seconds: of all blocks, each on so many tokens.
-        rest: seconds of what is not a block.
+        rest: seconds of everything else in the model.
     """
 
     tokens: tuple[int, ...]
@@ -135,7 +135,7 @@ class LatencyTable(NamedTuple):
     rest: float
 
     def speedup(self, plan: CompressionPlan) -> float:
-        """How many times as fast the plan's model is told to be."""
+        """The estimated speed of the plan's model, in times that of all tokens."""
         blocks = np.interp(plan.tokens, self.tokens, self.seconds).mean().item()
         return (self.rest + self.seconds[-1]) / (self.rest + blocks)
 

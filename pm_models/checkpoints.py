@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import save_model
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from .models import Model, compression_of, encoder_of, input_size, set_norm_eps,
 from .registry import PREFIX, registered_name
 from .segmenter import Segmenter
 from .unwrapping import unwrapped
-from .weights import load_state_file, load_weights, refusing
+from .weights import load_state_file, load_weights, read_file, refusing
 
 __all__ = ["load_pretrained", "load_state_file", "save_pretrained"]
 
@@ -116,10 +116,7 @@ def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) ->
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no saved model: expected {CONFIG_NAME} and {WEIGHTS_NAME} in it")
     path = folder / WEIGHTS_NAME
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    weights = read_file(path, "is truncated or no safetensors file")
     _check_configuration(folder, weights)
     model = _build(folder, plain=uncompressed)
     if uncompressed:
@@ -170,7 +167,10 @@ def _build(folder: Path, plain: bool = False) -> Model:
 
 
 def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
-    before, after = _description(model), _description(rebuilt)
+    before, after = (
+        {name: tuple(value.shape) for name, value in each.state_dict().items()} | describe(each)
+        for each in (model, rebuilt)
+    )
     different = [name for name in before | after if before.get(name) != after.get(name)]
     if different:
         shown = ", ".join(
@@ -180,7 +180,3 @@ def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
             f"the model is not {model.pretrained_cfg['architecture']} with the arguments that timm recorded ({shown}); "
             "pass the arguments it was created with as model_args"
         )
-
-
-def _description(model: nn.Module) -> dict[str, object]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()} | describe(model)

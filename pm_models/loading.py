@@ -6,9 +6,10 @@ from pathlib import Path
 import timm
 
 from .checkpoints import CONFIG_NAME, load_pretrained
-from .models import Model, compression_of
+from .models import Model
 from .published import VARIANT_NAME, load_segmenter_checkpoint
-from .vision_transformer import PlainModel, check_vision_transformer
+from .segmenter import check_encoder
+from .vision_transformer import PlainModel
 from .weights import refusing
 
 _SOURCES = ("hf-hub", "hf_hub", "local-dir")  # of timm's names of models that it does not have itself
@@ -58,6 +59,5 @@ def make_model(name: str, option: str, **arguments: object) -> PlainModel:
     """
     with refusing(f"{option} {name} cannot be made"):
         model = timm.create_model(name, **{key: value for key, value in arguments.items() if value is not None})
-    if compression_of(model) is None:
-        check_vision_transformer(model)
+    check_encoder(model)
     return model

@@ -16,7 +16,7 @@ from .unwrapping import unwrapped
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchronize: bool) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls of each function, in turn, so that a drift of the machine meets all alike.
+    """Seconds of ``rounds`` calls of each function, in turn, so that drift of the machine affects all alike.
 
     The order changes from round to round, as a function may find in the cache what the one before it left. Each is
     called twice before, unmeasured. ``synchronize`` waits for the CUDA device around every call.

@@ -38,12 +38,12 @@ def tokens_of(model: Model) -> list[int]:
 
 
 def uncompressed(model: Model) -> Model:
-    """A plain model with a copy of the same weights; a model that is not compressed is returned itself."""
+    """A plain model with a copy of the same weights; a model that is not compressed is returned as it is."""
     return model if compression_of(model) is None else model.uncompressed()
 
 
 def frozen(model: Model) -> Model:
-    """The model with constant matrices, for serving; it shares all other weights. An uncompressed one is itself."""
+    """The model with constant matrices, for serving; it shares all other weights. An uncompressed one is returned."""
     encoder = encoder_of(model)
     if compression_of(model) is None:
         return model

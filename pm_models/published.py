@@ -4,7 +4,6 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import timm
 import torch
@@ -83,8 +82,22 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
     """
     path = Path(path)
     path = path / "checkpoint.pth" if path.is_dir() else path
+    variant_path = path.parent / VARIANT_NAME
     weights = load_state_file(path)
-    variant = _read_variant(path.parent / VARIANT_NAME, path)
+    if not variant_path.is_file():
+        raise FileNotFoundError(f"no {variant_path}: it describes the network of {path}")
+    with refusing(f"{variant_path} does not describe a Segmenter"):
+        network = yaml.safe_load(variant_path.read_text(encoding="utf-8"))["net_kwargs"]
+        width, heads, num_classes = (int(network[name]) for name in ("d_model", "n_heads", "n_cls"))
+        size, decoder = network["image_size"], network["decoder"]
+        img_size = tuple(int(side) for side in (size if isinstance(size, (list, tuple)) else (size, size)))
+        options = {
+            "decoder": "linear" if "linear" in decoder["name"] else decoder["name"],
+            "decoder_depth": int(decoder.get("n_layers", 2)),
+            "decoder_drop_path": float(decoder.get("drop_path_rate", 0.0)),
+            "decoder_dropout": float(decoder.get("dropout", 0.0)),
+        }
+        mean, std = _NORMALISATIONS[network.get("normalization", "vit")]
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     for name, value in weights.items():
         part, _, rest = name.partition(".")
@@ -93,51 +106,14 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
         # The classifier that the encoder was trained with is stored too, but never used.
         if part == "decoder" or not rest.startswith(("head", "pre_logits")):
             parts[part][rest] = value
-    encoder = _from_authors_weights(path, parts["encoder"], None, variant.num_heads, variant.img_size)
-    if encoder.embed_dim != variant.width:
-        raise ValueError(
-            f"{path.parent / VARIANT_NAME} says d_model {variant.width}, but the weights of {path} have "
-            f"{encoder.embed_dim}"
-        )
-    encoder.pretrained_cfg = encoder.pretrained_cfg | variant.normalisation
+    encoder = _from_authors_weights(path, parts["encoder"], None, heads, img_size)
+    if encoder.embed_dim != width:
+        raise ValueError(f"{variant_path} says d_model {width}, but the weights of {path} have {encoder.embed_dim}")
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
     set_norm_eps(encoder, Segmenter.PUBLISHED_NORM_EPS)
-    model = Segmenter(encoder, variant.num_classes, **variant.decoder)
+    model = Segmenter(encoder, num_classes, **options)
     load_weights(model.decoder, parts["decoder"], str(path))
     return model.eval()
-
-
-class _Variant(NamedTuple):
-    """What ``variant.yml`` says of a network."""
-
-    width: int
-    num_heads: int
-    img_size: tuple[int, int]
-    num_classes: int
-    decoder: dict[str, object]  # arguments of Segmenter
-    normalisation: dict[str, tuple[float, ...]]  # mean and standard deviation
-
-
-def _read_variant(path: Path, checkpoint: Path) -> _Variant:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: it describes the network of {checkpoint}")
-    with refusing(f"{path} does not describe a Segmenter"):
-        network = yaml.safe_load(path.read_text(encoding="utf-8"))["net_kwargs"]
-        decoder, size = network["decoder"], network["image_size"]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        mean, std = _NORMALISATIONS[network.get("normalization", "vit")]
-        return _Variant(
-            width=int(network["d_model"]),
-            num_heads=int(network["n_heads"]),
-            img_size=(int(height), int(width)),
-            num_classes=int(network["n_cls"]),
-            decoder={
-                "decoder": "linear" if "linear" in decoder["name"] else decoder["name"],
-                "decoder_depth": int(decoder.get("n_layers", 2)),
-                "decoder_drop_path": float(decoder.get("drop_path_rate", 0.0)),
-                "decoder_dropout": float(decoder.get("dropout", 0.0)),
-            },
-            normalisation={"mean": mean, "std": std},
-        )
 
 
 def _read_authors_file(path: str | os.PathLike) -> tuple[dict[str, Tensor], list[int]]:

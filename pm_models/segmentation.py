@@ -311,7 +311,7 @@ class Sample(NamedTuple):
     labels: numpy.ndarray
 
 
-def sample_images(
+def labelled_samples(
     dataset: SegmentationImages, model: Segmenter, count: int, **normalisation: tuple[float, ...]
 ) -> list[Sample]:
     """Some whole images from all over the data set, as the model is evaluated on them."""

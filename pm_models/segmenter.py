@@ -1,6 +1,7 @@
 """Semantic segmentation on a plain or compressed encoder: Segmenter (Strudel et al., arXiv 2105.05633)."""
 
 import copy
+import itertools
 import math
 
 import torch
@@ -43,7 +44,6 @@ class MaskTransformer(nn.Module):
         num_classes: classes to tell apart.
         depth: blocks.
         num_heads: heads of each.
-        mlp_ratio: hidden width of the blocks' MLP over ``width``.
         drop_path_rate: of the last block; the others' grow to it.
         drop_rate: dropout of the blocks' projections.
     """
@@ -55,22 +55,13 @@ class MaskTransformer(nn.Module):
         *,
         depth: int = 2,
         num_heads: int = 1,
-        mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         rates = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(
-                width,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=True,
-                drop_path=rate,
-                proj_drop=drop_rate,
-                norm_layer=nn.LayerNorm,
-            )
+            Block(width, num_heads, qkv_bias=True, drop_path=rate, proj_drop=drop_rate, norm_layer=nn.LayerNorm)
             for rate in rates
         )
         self.cls_emb = nn.Parameter(torch.randn(1, num_classes, width))
@@ -95,6 +86,16 @@ class MaskTransformer(nn.Module):
         patches, embeddings = x[:, :-classes] @ self.proj_patch, x[:, -classes:] @ self.proj_classes
         masks = F.normalize(patches, dim=-1) @ F.normalize(embeddings, dim=-1).mT
         return self.mask_norm(masks)
+
+
+def check_encoder(model: nn.Module) -> None:
+    """Refuse what is no timm VisionTransformer or Eva, compressed or not.
+
+    Raises:
+        TypeError: the model is of another class.
+    """
+    if not isinstance(model, Compressed):
+        check_vision_transformer(model)
 
 
 class Segmenter(nn.Module):
@@ -131,14 +132,12 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         encoder = unwrapped(encoder)
-        if not isinstance(encoder, Compressed):
-            check_vision_transformer(encoder)
+        check_encoder(encoder)
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
         embed = encoder.patch_embed
-        if any(side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)) and not getattr(
-            embed, "dynamic_img_pad", False
-        ):
+        whole = all(side % patch == 0 for side, patch in zip(embed.img_size, embed.patch_size, strict=True))
+        if not whole and not getattr(embed, "dynamic_img_pad", False):
             raise ValueError(
                 f"encoder must take images whose sides (img_size) are multiples of its patches' "
                 f"{' x '.join(map(str, embed.patch_size))} pixels, got {' x '.join(map(str, embed.img_size))}"
@@ -170,8 +169,8 @@ class Segmenter(nn.Module):
                 drop_path_rate=decoder_drop_path,
                 drop_rate=decoder_dropout,
             )
-        ).to(encoder.patch_embed.proj.weight)
-        self.decoder.train(encoder.training)
+        )
+        self.decoder.to(embed.proj.weight).train(encoder.training)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -258,24 +257,21 @@ def sliding_window(
     for step, side in zip(strides, window, strict=True):
         if not 1 <= step <= side:
             raise ValueError(f"stride must be between 1 and the window's side {side}, got {step}")
+    starts = (
+        [*range(0, whole - side, step), whole - side]
+        for whole, side, step in zip((height, width), window, strides, strict=True)
+    )
     places = [
-        (top, left) for top in _starts(height, window[0], strides[0]) for left in _starts(width, window[1], strides[1])
+        (..., slice(top, top + window[0]), slice(left, left + window[1])) for top, left in itertools.product(*starts)
     ]
-    crops = torch.stack(
-        [images[..., top : top + window[0], left : left + window[1]] for top, left in places], dim=1
-    ).flatten(0, 1)
+    crops = torch.stack([images[place] for place in places], dim=1).flatten(0, 1)
     logits = torch.cat([model(part) for part in crops.split(batch_size)]).unflatten(0, (len(images), len(places)))
     total = logits.new_zeros(len(images), logits.shape[2], height, width)
     count = logits.new_zeros(height, width)
-    for index, (top, left) in enumerate(places):
-        part = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-        total[part] += logits[:, index]
-        count[part] += 1
+    for index, place in enumerate(places):
+        total[place] += logits[:, index]
+        count[place] += 1
     return total / count
-
-
-def _starts(side: int, window: int, stride: int) -> list[int]:
-    return [*range(0, side - window, stride), side - window]
 
 
 def predict(

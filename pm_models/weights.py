@@ -21,7 +21,7 @@ from .vision_transformer import PlainModel
 
 # Where a training script's file holds the weights, the first that is there: averaged ones before the last step's.
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "teacher", "student")
-# What torch.compile, FSDP and activation checkpointing put into names, anywhere; and what wraps a whole model.
+# What torch.compile, FSDP and activation checkpointing put into names anywhere, and what wraps a whole model.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIXES = ("module.", "model.")
 _PIECE = re.compile(r"-\d{5}-of-(?!00001)\d{5}\b|\.index\.json$")
@@ -30,7 +30,7 @@ _HEAD = {"attn_pool", "fc_norm", "head", "head_dist"}  # the modules of timm's t
 
 
 class _Unread:
-    """In the place of an object that a file holds beside its weights: it takes whatever pickle has for that."""
+    """Stands for an object that a file holds beside its weights, and takes whatever state pickle has for it."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -53,7 +53,7 @@ _UNREAD = [
 def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
     """The weights in a ``.safetensors`` file, or in one of ``torch.save`` as timm, DeiT, Lightning and others write it.
 
-    What a training script leaves beside the weights is passed over. Names lose what DDP, ``torch.compile`` or Lightning
+    What a training script leaves beside the weights is ignored. Names lose what DDP, ``torch.compile`` or Lightning
     put before all of them: ``module.``, ``_orig_mod.``, ``model.``.
 
     Raises:
@@ -89,7 +89,9 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
     renamed = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
     try:
         weights = (eva.checkpoint_filter_fn if isinstance(model, eva.Eva) else renamed)(weights, model)
-        _adapt_channels(model, weights)
+        patches, in_chans = "patch_embed.proj.weight", model.patch_embed.proj.in_channels
+        if patches in weights and weights[patches].shape[1] != in_chans:  # as timm does with pretrained weights
+            weights[patches] = adapt_input_conv(in_chans, weights[patches], base_chans=weights[patches].shape[1])
         classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     except Exception as error:  # of names and shapes that timm did not expect, of whatever kind
         raise ValueError(f"{refusal}: {_about_positions(model, weights, error)}") from error
@@ -104,10 +106,10 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
 
 
 def check_head(source: str, classes: int, wanted: int, *, new_head: bool) -> None:
-    """Tell of weights whose head is for other classes than the model's; 0 classes are no head.
+    """Warn of, or refuse, weights whose head is for other classes than the model's; 0 classes are no head.
 
     Raises:
-        ValueError: a new head is not what the command is for.
+        ValueError: they differ, and a new head is not what the command is for.
     """
     if wanted in (0, classes):
         return
@@ -259,13 +261,6 @@ def _of_encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if first in weights or len(prefixes) != 1 or prefixes[0].startswith("visual."):
         return weights
     return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
-
-
-def _adapt_channels(model: PlainModel, weights: dict[str, Tensor]) -> None:
-    """The first layer for as many channels as the model's images have, as timm makes it of pretrained weights."""
-    name, wanted = "patch_embed.proj.weight", model.patch_embed.proj.in_channels
-    if name in weights and weights[name].shape[1] != wanted:
-        weights[name] = adapt_input_conv(wanted, weights[name], base_chans=weights[name].shape[1])
 
 
 def _with_own_head(model: PlainModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ from pm_models.segmentation import (
     Sample,
     SegmentationImages,
     evaluate_segmentation,
+    labelled_samples,
     make_evaluation_loader,
     make_scoring_loader,
     make_training_loader,
     predicted_classes,
-    sample_images,
 )
 from pm_models.training import SegmentationTask, segmentation_loss
 from pm_models.visualize import save_plan_picture, save_segmentation_picture
@@ -108,7 +108,7 @@ class CamVid(Study):
         save_plan_picture(plan, folder / "segmentation_plan.png", samples[0].picture[:height, :width])
 
     def _samples(self) -> list[Sample]:
-        return sample_images(self.test_set, self.dense, DRAWN_IMAGES)
+        return labelled_samples(self.test_set, self.dense, DRAWN_IMAGES)
 
     def _predictions(self, run: Run) -> Path:
         return self.work / "predictions" / f"{run.name}.npy"

@@ -26,12 +26,12 @@ from ..loading import check_name, load_model, make_model
 from ..segmentation import (
     SegmentationImages,
     evaluate_segmentation,
+    labelled_samples,
     make_evaluation_loader,
     make_scoring_loader,
     make_training_loader,
     predicted_classes,
 )
-from ..segmentation import sample_images as sample_labelled_images
 from ..segmenter import Segmenter
 from ..training import (
     SegmentationTask,
@@ -224,13 +224,13 @@ class Segmentation(_Task):
 
     def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[np.ndarray]:
         height, width = model.image_size
-        samples = sample_labelled_images(dataset, model, count, **self._preparation)
+        samples = labelled_samples(dataset, model, count, **self._preparation)
         return [sample.picture[:height, :width] for sample in samples]
 
     def save_predictions(
         self, dataset: SegmentationImages, models: Mapping[str, Segmenter], count: int, path: Path
     ) -> None:
-        samples = sample_labelled_images(dataset, next(iter(models.values())), count, **self._preparation)
+        samples = labelled_samples(dataset, next(iter(models.values())), count, **self._preparation)
         maps = {"labels": [sample.labels for sample in samples]}
         for name, model in models.items():
             maps[name] = [predicted_classes(model, sample.image, sample.labels.shape) for sample in samples]
