@@ -323,10 +323,11 @@ def _settings(options: Train, left_out: Collection[str]) -> dict[str, object]:
     """The options that decide what is computed, but for the recipe's and groups ``left_out``; paths in full."""
     recipe = {field.name for field in fields(Recipe)}
     kinds, values = options_of(type(options), options.task), options.values()
-    given = {"command": options.command}
-    for name, kind in kinds.items():
-        if kind.recorded and name not in recipe and kind.group not in left_out:
-            given[name] = values[name]
+    given = {"command": options.command} | {
+        name: values[name]
+        for name, kind in kinds.items()
+        if kind.recorded and name not in recipe and kind.group not in left_out
+    }
     for name in {"data_dir", "model", "checkpoint", "teacher"} & given.keys():
         if given[name] is not None and Path(given[name]).exists():
             given[name] = str(Path(given[name]).resolve())
