@@ -1,7 +1,7 @@
 """Gradient-weighted attention scores of a Vision Transformer's tokens, without an attention matrix."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -43,8 +43,9 @@ def score_tokens(
         (L, patches) float32 on the CPU, prefix tokens left out.
 
     Raises:
-        TypeError: the model is of another class.
-        ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
+        TypeError: the model is of another class, or a batch is no pair of tensors.
+        ValueError: ``batches`` is below 1, the loader is empty, images are not (B, C, H, W), or a block's attention has
+            no fused form.
     """
     encoder = encoder_of(model)
     plan = encoder.plan if isinstance(encoder, Compressed) else None
@@ -66,7 +67,8 @@ def score_tokens(
     heads = [next(iter(_attentions(block).values())).num_heads for block in encoder.blocks]
     taken = 0
     with torch.inference_mode(False), torch.enable_grad(), _gated(model, encoder, counts) as gates:
-        for images, targets in loader if batches else ():
+        for batch in loader if batches else ():
+            images, targets = images_and_targets(batch)
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
                 weight = len(images) * heads[index] * counts[index]
@@ -89,6 +91,28 @@ def score_tokens(
             if plan.stage_of(index) is not None:
                 scores[index] = next(compressed).detach().abs().cpu().double() @ scores[index]
     return torch.stack(scores)[:, encoder.num_prefix_tokens :].float()
+
+
+def images_and_targets(batch: object) -> tuple[Tensor, Tensor]:
+    """A loader's batch, where it is (images (B, C, H, W), targets).
+
+    Raises:
+        TypeError: it is no pair of tensors.
+        ValueError: the images have another shape.
+    """
+    if not isinstance(batch, (tuple, list)) or [isinstance(part, Tensor) for part in batch] != [True, True]:
+        kind = type(batch).__name__
+        if isinstance(batch, Mapping):
+            kind += f" with the keys {', '.join(map(repr, batch))}"
+        elif isinstance(batch, (tuple, list)):
+            kind += f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
+        raise TypeError(f"loader must yield batches (images, targets), a pair of tensors, got a {kind}")
+    images, targets = batch
+    if images.dim() != 4:
+        raise ValueError(
+            f"loader must yield batches (images, targets) with images (B, C, H, W), got images {tuple(images.shape)}"
+        )
+    return images, targets
 
 
 def _attentions(block: nn.Module) -> dict[str, nn.Module]:
