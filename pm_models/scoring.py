@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import fusable_attentions, fuse, fused_attentions
+from .data.loaders import images_and_targets
 from .models import Model, compression_of, encoder_of, evaluating, tokens_of
 from .modules import replace_module
 from .unwrapping import unwrapped
@@ -46,8 +47,9 @@ def score_tokens(
         (L, patches) float32 on the CPU, prefix tokens left out.
 
     Raises:
-        TypeError: the model is of another class.
-        ValueError: ``batches`` is below 1, the loader is empty, or a block's attention has no fused form.
+        TypeError: the model is of another class, or a batch is no pair of tensors.
+        ValueError: ``batches`` is below 1, the loader is empty, images are not (B, C, H, W), or a block's attention has
+            no fused form.
     """
     model = unwrapped(model)
     encoder = encoder_of(model)
@@ -69,7 +71,8 @@ def score_tokens(
     heads = [next(iter(_attentions(block).values())).num_heads for block in encoder.blocks]
     taken = 0
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _gated(encoder, counts) as gates:
-        for images, targets in loader if batches else ():
+        for batch in loader if batches else ():
+            images, targets = images_and_targets(batch)
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
                 weight = len(images) * heads[index] * counts[index]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 import torch
 from timm.data import resolve_model_data_config
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import Model, encoder_of
@@ -102,3 +103,25 @@ def normalisation(model: Model, given: Mapping[str, object]) -> tuple[tuple[floa
 def _for_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:
     values = tuple(values)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def images_and_targets(batch: object) -> tuple[Tensor, Tensor]:
+    """A loader's batch, where it is (images (B, C, H, W), targets).
+
+    Raises:
+        TypeError: it is no pair of tensors.
+        ValueError: the images have another shape.
+    """
+    if not isinstance(batch, (tuple, list)) or [isinstance(part, Tensor) for part in batch] != [True, True]:
+        kind = type(batch).__name__
+        if isinstance(batch, Mapping):
+            kind += f" with the keys {', '.join(map(repr, batch))}"
+        elif isinstance(batch, (tuple, list)):
+            kind += f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
+        raise TypeError(f"loader must yield batches (images, targets), a pair of tensors, got a {kind}")
+    images, targets = batch
+    if images.dim() != 4:
+        raise ValueError(
+            f"loader must yield batches (images, targets) with images (B, C, H, W), got images {tuple(images.shape)}"
+        )
+    return images, targets

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
 
 from ..data import IGNORED
+from ..data.loaders import images_and_targets
 from ..segmenter import Segmenter, predict
 
 Evaluator = Callable[..., dict[str, float]]
@@ -37,7 +38,8 @@ def evaluate(
     model.eval()
     loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
     with torch.inference_mode(), accelerator.autocast():
-        for images, targets in tqdm(loader, "evaluate", leave=False, disable=not accelerator.is_local_main_process):
+        for batch in tqdm(loader, "evaluate", leave=False, disable=not accelerator.is_local_main_process):
+            images, targets = images_and_targets(batch)
             logits = model(images.to(accelerator.device)).float()
             logits, targets = accelerator.gather_for_metrics((logits, targets.to(accelerator.device)))
             first, fifth = accuracy(logits, targets, topk=(1, min(5, logits.shape[1])))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import IGNORED, tell_epoch
+from ..data.loaders import images_and_targets
 from ..files import write_atomically
 from .evaluation import Evaluator, evaluate
 from .recipe import EpochResult, Recipe, summary_csv
@@ -154,7 +155,8 @@ class _Trainer:
         tell_epoch(batches, epoch)
         hidden = not self.accelerator.is_local_main_process
         bar = tqdm(batches, label, total=self.steps, initial=progress.steps, leave=False, disable=hidden)
-        for step, (images, targets) in enumerate(bar, progress.steps):
+        for step, batch in enumerate(bar, progress.steps):
+            images, targets = images_and_targets(batch)
             loss, top1 = self._accumulate_gradients(epoch, step, images, targets)
             progress.loss.update(loss, len(images))
             progress.top1.update(top1, len(images))

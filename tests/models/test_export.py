@@ -304,6 +304,7 @@ def test_the_command_takes_an_opset(capsys, tmp_path):
     assert main([*command, "17", "--format", "onnx", "-b", "2"]) == 0
     assert onnx.load(tmp_path / "m").opset_import[0].version == 17
     (tmp_path / "m").unlink()
+    capsys.readouterr()
     for given, told in (("16", "opset must be between 17 and 2"), ("-1", "opset must be between 17 and 2")):
         assert main([*command, given, "--format", "onnx"]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,7 @@
 """Scores against attention matrices and their gradients, held in memory; and that the model comes back as it was."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import timm
@@ -186,6 +187,53 @@ def test_an_endless_loader_is_read_no_further():
             yield images_for(model), torch.randint(0, 7, (3,))
 
     score_tokens(model, endless(), batches=2)
+
+
+IMAGES, TARGETS = torch.zeros(3, 3, 28, 20), torch.zeros(3).long()
+PAIR = r"^loader must yield batches \(images, targets\)"
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (
+            {"image": IMAGES, "label": TARGETS},
+            TypeError,
+            "a pair of tensors, got a dict with the keys 'image', 'label'",
+        ),
+        (UserDict(pixel_values=IMAGES), TypeError, "a pair of tensors, got a UserDict with the keys 'pixel_values'"),
+        (IMAGES[:2], TypeError, "a pair of tensors, got a Tensor"),
+        ((IMAGES,), TypeError, "a pair of tensors, got a tuple of Tensor"),
+        ([], TypeError, "a pair of tensors, got a list of nothing"),
+        ((IMAGES, TARGETS, TARGETS), TypeError, "a pair of tensors, got a tuple of Tensor, Tensor, Tensor"),
+        ([IMAGES, ["cat"]], TypeError, "a pair of tensors, got a list of Tensor, list"),
+        ((IMAGES.numpy(), TARGETS), TypeError, "a pair of tensors, got a tuple of ndarray, Tensor"),
+        ("ab", TypeError, "a pair of tensors, got a str"),
+        (None, TypeError, "a pair of tensors, got a NoneType"),
+        ((IMAGES[0], TARGETS[0]), ValueError, r"with images \(B, C, H, W\), got images \(3, 28, 20\)"),
+        ((TARGETS, IMAGES), ValueError, r"with images \(B, C, H, W\), got images \(3,\)"),
+    ],
+    ids=[
+        "dict",
+        "mapping",
+        "tensor",
+        "one",
+        "none",
+        "three",
+        "labels-as-text",
+        "numpy",
+        "text",
+        "None",
+        "image",
+        "turned",
+    ],
+)
+def test_batches_of_another_kind(batch, error, message):
+    model = small_vit()
+    modules = list(model.modules())
+    with pytest.raises(error, match=f"{PAIR}.*{message}$"):
+        score_tokens(model, [batch], batches=1)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
 
 
 def test_errors():

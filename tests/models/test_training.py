@@ -362,3 +362,17 @@ def test_errors(accelerator):
 def test_bad_recipes(change, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**({"epochs": 3, "lr": 1e-3} | change))
+
+
+@pytest.mark.parametrize("of", ["training", "evaluation"])
+def test_batches_that_are_no_pairs_are_told(of):
+    model = small_vit(depth=1)
+    pairs = [(images_for(model, 4), torch.arange(4))] * 2
+    dicts = [{"pixel_values": images, "labels": targets} for images, targets in pairs]
+    loaders = (dicts, pairs) if of == "training" else (pairs, dicts)
+    loaders = (DataLoader(loader, batch_size=None) for loader in loaders)
+    message = (
+        r"loader must yield batches \(images, targets\), a pair of tensors, got a dict with the keys 'pixel_values'"
+    )
+    with pytest.raises(TypeError, match=message):
+        fit(classification_task(model), *loaders, Recipe(epochs=1, lr=1e-3), accelerator=make_accelerator(cpu=True))
