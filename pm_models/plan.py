@@ -94,15 +94,7 @@ class CompressionPlan:
         """
         grid = tuple(grid) if isinstance(grid, Sequence) else grid
         _check_grid(grid)
-        patches = grid[0] * grid[1]
-        scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
-        if scores.dim() != 2 or scores.shape[0] == 0 or scores.shape[1] != patches:
-            raise ValueError(
-                f"scores must have shape (L, h*w) with h*w = {patches} for grid {grid}, got {tuple(scores.shape)}"
-            )
-        if not torch.isfinite(scores).all() or (scores < 0).any():
-            layer = int((~(scores >= 0) | scores.isinf()).any(dim=1).nonzero()[0])
-            raise ValueError(f"scores must be finite and nonnegative, got NaN, infinite or negative in layer {layer}")
+        scores = _checked_scores(scores, grid)
         _check_choice("allocation", allocation, ("global", "layer"))
         _check_choice("row_weights", row_weights, ("sum", "average"))
         _check_choice("segments", segments, ("raster", "nearest"))
@@ -124,7 +116,6 @@ class CompressionPlan:
         if not bounds:
             raise ValueError("stages must name at least one (first, last) pair of blocks, got none")
         _check_stage_bounds(bounds, depth)
-
         first_blocks = torch.tensor([first for first, _ in bounds], dtype=torch.long)
         scores = scores[first_blocks]
         scores = scores / scores.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -318,6 +309,20 @@ class CompressionPlan:
             lines.append(f"  {name:<6} {self.tokens[block]:>8} {kept:>7} {merged:>7} {pruned:>7}")
             block = last + 1
         return "\n".join(lines)
+
+
+def _checked_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The scores in float64 on the CPU, where they are (L, h*w), finite and nonnegative."""
+    patches = grid[0] * grid[1]
+    scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
+    if scores.dim() != 2 or scores.shape[0] == 0 or scores.shape[1] != patches:
+        raise ValueError(
+            f"scores must have shape (L, h*w) with h*w = {patches} for grid {grid}, got {tuple(scores.shape)}"
+        )
+    if not torch.isfinite(scores).all() or (scores < 0).any():
+        layer = int((~(scores >= 0) | scores.isinf()).any(dim=1).nonzero()[0])
+        raise ValueError(f"scores must be finite and nonnegative, got NaN, infinite or negative in layer {layer}")
+    return scores
 
 
 def _check_grid(grid: tuple[int, int]) -> None:
