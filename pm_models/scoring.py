@@ -73,6 +73,11 @@ def score_tokens(
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _gated(encoder, counts) as gates:
         for batch in loader if batches else ():
             images, targets = images_and_targets(batch)
+            if images.dim() != 4:
+                raise ValueError(
+                    "loader must yield batches (images, targets) with images (B, C, H, W), got images "
+                    f"{tuple(images.shape)}"
+                )
             loss = loss_fn(model(images.to(like.device)), targets.to(like.device))
             for index, gradient in enumerate(torch.autograd.grad(loss, gates)):
                 weight = len(images) * heads[index] * counts[index]

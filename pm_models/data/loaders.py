@@ -106,11 +106,10 @@ def _for_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:
 
 
 def images_and_targets(batch: object) -> tuple[Tensor, Tensor]:
-    """A loader's batch, where it is (images (B, C, H, W), targets).
+    """A loader's batch, where it is a pair.
 
     Raises:
         TypeError: it is no pair of tensors.
-        ValueError: the images have another shape.
     """
     if not isinstance(batch, (tuple, list)) or [isinstance(part, Tensor) for part in batch] != [True, True]:
         kind = type(batch).__name__
@@ -119,9 +118,4 @@ def images_and_targets(batch: object) -> tuple[Tensor, Tensor]:
         elif isinstance(batch, (tuple, list)):
             kind += f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
         raise TypeError(f"loader must yield batches (images, targets), a pair of tensors, got a {kind}")
-    images, targets = batch
-    if images.dim() != 4:
-        raise ValueError(
-            f"loader must yield batches (images, targets) with images (B, C, H, W), got images {tuple(images.shape)}"
-        )
-    return images, targets
+    return batch[0], batch[1]
