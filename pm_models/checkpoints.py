@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .card import model_card, replaces_card
 from .compression import OPTIONS
 from .description import describe
-from .files import allow_default_mode, unfinished
+from .files import allow_default_mode, locked, unfinished
 from .models import Model, compression_of, encoder_of, input_size, set_norm_eps, shared_norm_eps, uncompressed
 from .registry import PREFIX, registered_name
 from .segmenter import Segmenter
@@ -92,9 +92,10 @@ def save_pretrained(
             with suppress(OSError):  # another process was first
                 staging.rename(folder)
                 return
-        for name in (CARD_NAME, WEIGHTS_NAME, CONFIG_NAME):
-            if name != CARD_NAME or replaces_card(folder / name):
-                os.replace(staging / name, folder / name)
+        with locked(folder):  # or the configuration of one model could come to stand beside the weights of another
+            for name in (CARD_NAME, WEIGHTS_NAME, CONFIG_NAME):
+                if name != CARD_NAME or replaces_card(folder / name):
+                    os.replace(staging / name, folder / name)
 
 
 def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> Model:

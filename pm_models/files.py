@@ -12,6 +12,11 @@ from pathlib import Path
 
 import psutil
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _numbers = itertools.count()
 
@@ -71,6 +76,20 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in here for the same folder, where the file system has such locks."""
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if descriptor is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def allow_default_mode(path: Path) -> None:

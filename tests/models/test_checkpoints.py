@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -252,6 +253,28 @@ def test_many_write_one_path(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "plan.json"}
     assert len(list((tmp_path / "model").iterdir())) == 3
     load_pretrained(tmp_path / "model")
+
+
+def test_a_writer_is_not_overtaken(tmp_path, monkeypatch):
+    """Or one model's configuration would come to stand beside another's weights."""
+    first, second = small_vit(depth=2), small_vit(depth=3)
+    save_pretrained(first, tmp_path)
+    between, done, replace = threading.Event(), threading.Event(), os.replace
+
+    def slow_replace(source, target):
+        replace(source, target)
+        if target.name == "model.safetensors" and not between.is_set():
+            between.set()
+            done.wait(0.5)
+
+    monkeypatch.setattr(os, "replace", slow_replace)
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(save_pretrained, first, tmp_path)
+        between.wait()
+        save_pretrained(second, tmp_path)
+        done.set()
+        saving.result()
+    assert len(load_pretrained(tmp_path).blocks) == 3
 
 
 def test_saving_in_a_folder_that_exists_needs_no_other(tmp_path, monkeypatch):
