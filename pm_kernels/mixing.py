@@ -50,7 +50,7 @@ class Mix(NamedTuple):
 
     def counts(self) -> tuple[int, int, int]:
         """Rows of the result, of them those in the first tensor, and those with a LayerNorm."""
-        rows = self.matrix.starts.shape[0] if self.is_sparse() else self.matrix.shape[0]
+        rows = self.matrix.starts.shape[-1] if self.is_sparse() else self.matrix.shape[0]
         normed = rows if self.normed is None else self.normed
         return rows, rows if self.split is None else self.split, 0 if self.norm is None else normed
 
@@ -132,7 +132,8 @@ class Mix(NamedTuple):
     def flops(self) -> int:
         """Floating-point operations of the product with the matrix, or with its nonzeros."""
         values = self.matrix.values if self.is_sparse() else self.matrix
-        return 2 * self.x.shape[0] * self.x.shape[2] * values.numel()
+        images = 1 if self.is_sparse() and values.dim() == 2 else self.x.shape[0]
+        return 2 * images * self.x.shape[2] * values.numel()
 
 
 def _check_sparse(x: Tensor, matrix: SparseRows, tokens: int) -> None:
@@ -142,15 +143,20 @@ def _check_sparse(x: Tensor, matrix: SparseRows, tokens: int) -> None:
     indices = {"matrix.starts": starts, "matrix.columns": columns}
     if by_column is not None:
         indices |= {f"matrix.by_column.{name}": tensor for name, tensor in by_column._asdict().items()}
-        if len(by_column.starts) != tokens:
+        if by_column.starts.shape[-1] != tokens:
             raise ValueError(
-                f"matrix.by_column.starts must have one entry for each of {tokens} tokens, got {len(by_column.starts)}"
+                f"matrix.by_column.starts must have one entry for each of {tokens} tokens, "
+                f"got {by_column.starts.shape[-1]}"
             )
     for name, tensor in indices.items():
         if tensor.dtype not in (torch.int32, torch.int64) or tensor.dtype != columns.dtype:
             raise TypeError(f"{name} must be int32 or int64 like matrix.columns, got {tensor.dtype}")
-        if tensor.dim() != 1:
-            raise ValueError(f"{name} must have one dimension, got {tuple(tensor.shape)}")
+        by_image = starts.dim() == 2 and len(tensor) == x.shape[0]
+        if tensor.dim() != (2 if by_image else 1):
+            raise ValueError(
+                f"{name} must have one dimension, got {tuple(tensor.shape)}; or, where every image has a matrix of its "
+                f"own, all must have two, (B, ...) with B = {x.shape[0]}"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, the device of x, got {tensor.device}")
     for name, tensor in {"matrix.values": values, **indices}.items():

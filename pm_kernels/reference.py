@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ByColumn(NamedTuple):
-    """The entries of a :class:`SparseRows` (M, N) in order of their columns.
+    """The entries of a :class:`SparseRows` (M, N) in order of their columns, (B, ...) where every image has its own.
 
     Args:
         starts: (N,), where each column's entries start.
@@ -25,12 +25,15 @@ class ByColumn(NamedTuple):
         """That of a matrix with ``tokens`` columns, in its integer type."""
         ordered, entries = torch.sort(columns, stable=True)
         rows = torch.searchsorted(starts, entries.to(starts.dtype), right=True) - 1
-        found = torch.searchsorted(ordered, torch.arange(tokens, device=columns.device, dtype=columns.dtype))
+        places = torch.arange(tokens, device=columns.device, dtype=columns.dtype)
+        found = torch.searchsorted(ordered, places.expand(*columns.shape[:-1], -1).contiguous())
         return cls(*(indices.to(columns.dtype) for indices in (found, rows, entries)))
 
 
 class SparseRows(NamedTuple):
     """A matrix (M, N) by its nonzeros, row after row, as :func:`pm_kernels.token_mix` takes it.
+
+    With one more dimension before those below, (B, ...), every image has a matrix of its own, all of as many nonzeros.
 
     Args:
         starts: (M,) int32 or int64, nondecreasing from 0: where each row's entries start; a row may be empty.
@@ -54,7 +57,10 @@ class SparseRows(NamedTuple):
         return cls(starts, columns.int(), matrix[rows, columns], by_column)
 
     def to_dense(self, columns: int) -> Tensor:
-        """The matrix (M, ``columns``), differentiable in the values."""
+        """The matrix (M, ``columns``), or (B, M, ``columns``), differentiable in the values."""
+        if self.starts.dim() == 2:
+            parts = zip(self.starts, self.columns, self.values, strict=True)
+            return torch.stack([SparseRows(*part).to_dense(columns) for part in parts])
         entries = torch.arange(len(self.columns), device=self.columns.device, dtype=self.starts.dtype)
         rows = torch.searchsorted(self.starts, entries, right=True) - 1
         dense = self.values.new_zeros(len(self.starts), columns)
@@ -97,13 +103,13 @@ def token_mix(x: Tensor, matrix: Matrix) -> Tensor:
     # The weighted sum of a few rows is what an embedding bag is: one bag for each row of the result.
     batch, tokens, width = x.shape
     starts, columns, values, _ = matrix
-    if batch != 1:
+    if batch != 1 or starts.dim() == 2:
         image = torch.arange(batch, device=x.device, dtype=columns.dtype).unsqueeze(1)
-        starts = (starts + image * len(columns)).flatten()
+        starts = (starts + image * columns.shape[-1]).flatten()
         columns = (columns + image * tokens).flatten()
-        values = values.repeat(batch)
+        values = values.expand(batch, -1).reshape(-1)
     mixed = F.embedding_bag(columns, x.reshape(batch * tokens, width), starts, mode="sum", per_sample_weights=values)
-    return mixed.view(batch, len(matrix.starts), width)
+    return mixed.view(batch, matrix.starts.shape[-1], width)
 
 
 def token_mix_layer_norm(
@@ -135,3 +141,119 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm with statistics in float32 for half-precision rows; float64 stays float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+class Matching(NamedTuple):
+    """Which tokens merge, image by image.
+
+    Args:
+        segments: (B, N) int32, the merged token that each token goes into.
+        sizes: (B, C) in float32 at least, how many tokens each merged token stands for.
+        log_sizes: (B, C), their logarithms, by which attention minds them as keys.
+        matrix: takes x (B, N, D) to the size-weighted means (B, C, D), by :func:`pm_kernels.token_mix`.
+    """
+
+    segments: Tensor
+    sizes: Tensor
+    log_sizes: Tensor
+    matrix: Matrix
+
+
+def match(
+    x: Tensor,
+    sizes: Tensor,
+    tokens: int,
+    num_prefix_tokens: int = 1,
+    rounds: int = 2,
+    *,
+    update: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> Matching:
+    """Specification of :func:`pm_kernels.match`, with the same shapes."""
+    with torch.no_grad():
+        features = x if update is None else x + update
+        features = features if norm is None else layer_norm(features, *norm)
+        features = features.to(torch.promote_types(x.dtype, torch.float32))
+        sizes = sizes.to(features.dtype)
+        prefix, features, sizes = (
+            sizes[:, :num_prefix_tokens],
+            features[:, num_prefix_tokens:],
+            sizes[:, num_prefix_tokens:],
+        )
+        original, segments = sizes, None
+        count = features.shape[1]
+        for index, merges in enumerate(merges_by_round(count, tokens - num_prefix_tokens, rounds)):
+            step = _match_once(features, sizes, merges)
+            count -= merges
+            if index + 1 < rounds:
+                features = token_mix(features, means(step, sizes, count, features.dtype))
+            sizes = segment_sums(sizes, step, count)
+            segments = step if segments is None else step.gather(1, segments)
+        places = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
+        segments = torch.cat([places, segments + num_prefix_tokens], dim=1)
+        matrix = means(segments, torch.cat([prefix, original], dim=1), tokens, x.dtype)
+        sizes = torch.cat([prefix, sizes], dim=1)
+        return Matching(segments.int(), sizes, sizes.log(), matrix)
+
+
+def merges_by_round(patches: int, left: int, rounds: int) -> list[int]:
+    """How many of ``patches`` merge into others in each round, so that ``left`` remain: even shares, as far as can be.
+
+    A round takes at most the patches at even places, all but the lower half.
+    """
+    merges = []
+    for following in reversed(range(rounds)):
+        # Twice as many and one can be halved, and so on: no more may be left before the rounds that follow.
+        most = (left + 1 << following) - 1
+        share = max(-(-(patches - left) // (following + 1)), patches - most)
+        merges.append(share)
+        patches -= share
+    return merges
+
+
+def fewest_tokens(patches: int, rounds: int) -> int:
+    """How few of ``patches`` can be left by a number of rounds."""
+    return max(patches >> rounds, min(patches, 1))
+
+
+def _match_once(features: Tensor, sizes: Tensor, merges: int) -> Tensor:
+    """One round on patches (B, N, D): where each of them goes (B, N) int64, of those that are left."""
+    batch, count, _ = features.shape
+    if count < 2:
+        return torch.arange(count, device=features.device).expand(batch, -1)
+    squares = features.square().sum(dim=-1)
+    products = features[:, ::2] @ features[:, 1::2].mT
+    lengths = squares[:, ::2, None] + squares[:, None, 1::2]
+    distances = lengths - 2 * products
+    # What is lost in rounding is no distance: tokens that are equal merge by their places.
+    distances = distances.masked_fill(distances < 8 * torch.finfo(features.dtype).eps * lengths, 0.0)
+    source, target = sizes[:, ::2, None], sizes[:, None, 1::2]
+    cost = distances * (source * target / (source + target))
+    cheapest, partner = cost.masked_fill(cost.isnan(), torch.inf).min(dim=-1)
+    ranks = cheapest.argsort(dim=1, stable=True).argsort(dim=1)
+    stays = ranks >= merges
+    staying = cheapest.shape[1] - merges
+    sources = torch.where(stays, stays.cumsum(dim=1) - 1, staying + partner)
+    targets = staying + torch.arange(count // 2, device=features.device).expand(batch, -1)
+    alternating = F.pad(targets, (0, count % 2))
+    return torch.stack([sources, alternating], dim=2).flatten(1)[:, :count]
+
+
+def segment_sums(sizes: Tensor, segments: Tensor, tokens: int) -> Tensor:
+    """Sums (B, ``tokens``) of sizes (B, N) by segments (B, N) int64."""
+    return sizes.new_zeros(sizes.shape[0], tokens).scatter_add(1, segments, sizes)
+
+
+def means(segments: Tensor, sizes: Tensor, tokens: int, dtype: torch.dtype) -> SparseRows:
+    """The matrices (B, ``tokens``, N) of size-weighted means by segments (B, N) int64."""
+    weights = sizes / segment_sums(sizes, segments, tokens).gather(1, segments)
+    ordered, columns = segments.sort(dim=1, stable=True)
+    rows = torch.arange(tokens, device=segments.device).expand(len(segments), -1).contiguous()
+    starts = torch.searchsorted(ordered, rows)
+    return SparseRows(starts.int(), columns.int(), weights.gather(1, columns).to(dtype))
+
+
+def merge_segments(x: Tensor, segments: Tensor, sizes: Tensor, tokens: int) -> Tensor:
+    """Specification of :func:`pm_kernels.merge_segments`, with the same shapes."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return token_mix(x, means(segments.long(), sizes.to(wide), tokens, x.dtype))

@@ -1,0 +1,166 @@
+"""Which tokens of an image are alike enough to merge, and their means: contract and checks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, runtime
+from .mixing import token_mix
+from .reference import Matching
+from .runtime import check_tensor
+
+
+class Match(NamedTuple):
+    """The arguments of the op, as :func:`match` names them."""
+
+    x: Tensor
+    sizes: Tensor
+    tokens: int
+    num_prefix_tokens: int
+    rounds: int
+    update: Tensor | None = None
+    norm: tuple[Tensor, Tensor, float] | None = None
+
+    def check(self, op: str) -> None:
+        """Raise what the public functions do where the arguments do not fit together."""
+        x, sizes, tokens, prefix, rounds, update, norm = self
+        name = "features" if op == "match_tokens" else "x"
+        check_tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} must have shape (B, N, D), got {tuple(x.shape)}")
+        batch, count, width = x.shape
+        check_tensor("sizes", sizes)
+        if sizes.shape != (batch, count):
+            raise ValueError(f"sizes must have shape (B, N) = ({batch}, {count}), got {tuple(sizes.shape)}")
+        check_tensor("sizes", sizes, x, name, dtype=False)
+        for option, value, least, most in (("rounds", rounds, 1, None), ("num_prefix_tokens", prefix, 0, count)):
+            _check_count(option, value, least, most)
+        _check_count("tokens", tokens, prefix + reference.fewest_tokens(count - prefix, rounds), count)
+        if update is not None:
+            check_tensor("update", update, x, name)
+            if update.shape != x.shape:
+                raise ValueError(f"update must have the shape of x, {tuple(x.shape)}, got {tuple(update.shape)}")
+        for part, tensor in zip(("weight", "bias"), norm or (), strict=False):
+            check_tensor(part, tensor, x, name, dtype=False)
+            if tuple(tensor.shape) != (width,):
+                raise ValueError(f"{part} must have shape (D,) = ({width},), got {tuple(tensor.shape)}")
+
+    def cast(self, dtype: torch.dtype) -> "Match":
+        """The call under autocast, which leaves it: distances are taken of what is there."""
+        return self
+
+    def supported(self) -> bool:
+        """Whether there is a kernel for x's dtype and shape."""
+        return False
+
+    def faster(self) -> bool:
+        """Whether the kernel is faster on a GPU than PyTorch's operators."""
+        return True
+
+
+def match_tokens(
+    features: Tensor, sizes: Tensor, tokens: int, *, num_prefix_tokens: int = 1, rounds: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Decide image by image which tokens merge, so that ``tokens`` are left: by Ward's criterion, in a few rounds.
+
+    In a round the patches at even places, counted after the prefix tokens, are sources, those at odd places targets.
+    Each source proposes the target of the least cost ``n_i n_j / (n_i + n_j) * |f_i - f_j|^2``: by so much the merge
+    raises the squared distances within clusters. The cheapest proposals are carried out; of equal ones, the first. What
+    is left are the sources that stay, then the targets, and the next round takes the size-weighted means of features.
+    Every round carries out as many proposals as the next ones, but for those that half of its patches do not allow.
+
+    Distances are taken in float32 at least. One that is not above its rounding error counts as 0, one of a NaN as
+    infinite. An image's result does not depend on the others. Nothing is differentiated.
+
+    Args:
+        features: (B, N, D), floating point: what tokens are compared by, such as a block's normed input.
+        sizes: (B, N), floating point, above 0: how many tokens each stands for.
+        tokens: C, how many are left, prefix tokens included: a round at most halves the others, rounded down.
+        num_prefix_tokens: the first tokens, which never merge.
+        rounds: how often sources and targets are paired.
+
+    Returns:
+        segments (B, N) int32, the merged token that each token goes into, and the merged tokens' sizes (B, C), in
+        float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: a shape, a device or a number does not fit; the message names the argument.
+        TypeError: an argument is no floating-point tensor, or no whole number.
+    """
+    call = Match(features, sizes, tokens, num_prefix_tokens, rounds)
+    matching = _matched(call, "match_tokens")
+    return matching.segments, matching.sizes
+
+
+def match(
+    x: Tensor,
+    sizes: Tensor,
+    tokens: int,
+    num_prefix_tokens: int = 1,
+    rounds: int = 2,
+    *,
+    update: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> Matching:
+    """:func:`match_tokens` of ``LayerNorm(x + update)``, with the matrix of the merge for :func:`transition`.
+
+    Args:
+        x: (B, N, D), floating point.
+        sizes, tokens, num_prefix_tokens, rounds: as in :func:`match_tokens`.
+        update: (B, N, D), added to x.
+        norm: weight (D,), bias (D,) and epsilon of the LayerNorm; ``None`` takes the sum as it is.
+
+    Raises:
+        ValueError, TypeError: as :func:`match_tokens` does.
+    """
+    return _matched(Match(x, sizes, tokens, num_prefix_tokens, rounds, update, norm), "match")
+
+
+def _matched(call: Match, op: str) -> Matching:
+    call, known, _ = runtime.settle(call, op)
+    if known.device is None:
+        return reference.match(*call[:5], update=call.update, norm=call.norm)
+    raise NotImplementedError
+
+
+def merge_segments(x: Tensor, segments: Tensor, sizes: Tensor, tokens: int) -> Tensor:
+    """The size-weighted means of tokens that go into the same merged token.
+
+    Args:
+        x: (B, N, D), floating point.
+        segments: (B, N), whole numbers from 0 to ``tokens`` - 1, as :func:`match_tokens` returns them.
+        sizes: (B, N), floating point, above 0: how many tokens each of x stands for.
+        tokens: C.
+
+    Returns:
+        (B, C, D) in x's dtype, differentiable in x. A merged token without members is 0.
+
+    Raises:
+        ValueError: a shape or a device does not fit; the message names the argument.
+        TypeError: an argument is of the wrong kind.
+    """
+    check_tensor("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (B, N, D), got {tuple(x.shape)}")
+    if not isinstance(segments, Tensor) or segments.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"segments must be a tensor of int32 or int64, got {getattr(segments, 'dtype', type(segments))}"
+        )
+    check_tensor("sizes", sizes, x, "x", dtype=False)
+    for name, tensor in (("segments", segments), ("sizes", sizes)):
+        if tensor.shape != x.shape[:2]:
+            raise ValueError(f"{name} must have shape (B, N) = {tuple(x.shape[:2])}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, the device of x, got {tensor.device}")
+    _check_count("tokens", tokens, 1 if x.shape[1] else 0, None)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return token_mix(x, reference.means(segments.long(), sizes.detach().to(wide), tokens, x.dtype))
+
+
+def _check_count(name: str, value: int, least: int, most: int | None) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
