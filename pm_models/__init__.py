@@ -1,6 +1,7 @@
 """Prune and Merge for timm's Vision Transformers: timm in, timm out."""
 
 from .adapters import to_timm
+from .adaptive_plan import AdaptivePlan
 from .checkpoints import load_pretrained, save_pretrained
 from .export import export_model
 from .plan import CompressionPlan, StagePlan
@@ -12,6 +13,7 @@ from .serving import warmup
 from .vision_transformer import PMEva, PMVisionTransformer, compress
 
 __all__ = [
+    "AdaptivePlan",
     "CompressionPlan",
     "PMEva",
     "PMVisionTransformer",

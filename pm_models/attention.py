@@ -42,10 +42,19 @@ class FusedAttention(nn.Module):
         self.register_buffer("key_bias", key_bias, persistent=False)
         self.token_gate = token_gate
 
-    @property
-    def options(self) -> dict[str, object]:
-        """For the kernel."""
-        return {"gate": self.token_gate, "key_bias": self.key_bias, "scale": self.scale}
+    def options(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, object]:
+        """For the kernel. A mask that is the same for every query, (B, 1 or H, 1, keys), is a bias of the keys."""
+        bias = self.key_bias
+        if (
+            isinstance(attn_mask, Tensor)
+            and attn_mask.dim() == 4
+            and attn_mask.shape[2] == 1
+            and attn_mask.is_floating_point()
+        ):
+            bias = attn_mask.squeeze(2) if bias is None else attn_mask.squeeze(2) + bias
+            attn_mask = None
+        refuse_masks(attn_mask, is_causal)
+        return {"gate": self.token_gate, "key_bias": bias, "scale": self.scale}
 
     @property
     def takes_rows(self) -> bool:
@@ -74,22 +83,22 @@ class PMAttention(FusedAttention, Attention):
         attended: Tensor | None = None,
         merge: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D); masks are refused, as merged tokens have none.
+        """(B, N, D) -> (B, N, D); of masks only one that biases keys is taken, as merged tokens have no others.
 
         ``attended`` (B, M, D) gives the keys and values where they are not x's: only x's rows are computed.
         ``merge`` (C, N) merges queries, keys and values: (B, N, D) -> (B, C, D).
         """
-        refuse_masks(attn_mask, is_causal)
+        options = self.options(attn_mask, is_causal)
         if attended is None and _is_nothing(self.q_norm) and _is_nothing(self.k_norm):
             qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-            out = fused_merge_attention_qkv(qkv, merge, **self.options)
+            out = fused_merge_attention_qkv(qkv, merge, **options)
         else:
             if attended is None:
                 q, k, v = self._heads(self.qkv(x))
             else:
                 query, key_value = self._split_projection()
                 (q,), (k, v) = self._heads(F.linear(x, *query)), self._heads(F.linear(attended, *key_value))
-            out = fused_merge_attention(self.q_norm(q), self.k_norm(k), v, merge, **self.options)
+            out = fused_merge_attention(self.q_norm(q), self.k_norm(k), v, merge, **options)
         gate = getattr(self, "gate", None)
         return self._finish(out, None if gate is None else torch.sigmoid(gate(x)))
 
@@ -116,12 +125,12 @@ class RotaryAttention(FusedAttention):
         *,
         attended: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``rope`` (N - P, 2 * d) or (H, N - P, 2 * d) is of all but P prefix tokens.
+        """(B, N, D) -> (B, N, D); ``rope`` (N - P, 2 * d), (H, ...) or (B, H, ...) is of all but P prefix tokens.
 
         ``attended`` (B, M, D) gives the keys and values where they are not x's: only x's rows, which are prefix tokens,
         are computed.
         """
-        refuse_masks(attn_mask, is_causal)
+        options = self.options(attn_mask, is_causal)
         q, k, v = self._heads(x)
         if attended is not None:
             _, k, v = self._heads(attended)
@@ -132,7 +141,7 @@ class RotaryAttention(FusedAttention):
         groups = getattr(self, "num_kv_groups", 1)
         if groups > 1:  # each head of keys and values serves several of queries
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        out = fused_merge_attention(q, k, v, **self.options)
+        out = fused_merge_attention(q, k, v, **options)
         return self._finish(out, None if self.gate is None else torch.sigmoid(self.gate(x)))
 
     def _heads(self, x: Tensor) -> Iterator[Tensor]:

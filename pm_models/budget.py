@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .adaptive_plan import AdaptivePlan
 from .measure import alternate, count_gmacs
 from .models import Model, encoder_of, input_size, tokens_of
 from .plan import CompressionPlan
+from .segmenter import Segmenter
 from .unwrapping import unwrapped
+from .vision_transformer import compress
 
 _ROUNDS = 8
 
@@ -30,6 +33,76 @@ class Fit(NamedTuple):
     plan: CompressionPlan
     keep_rate: float
     value: float
+
+
+def fit_share(model: Model, share: float) -> AdaptivePlan:
+    """The :class:`~pm_models.AdaptivePlan` of most tokens whose model has at most a share of the GMACs.
+
+    A plan's share is estimated from its tokens. Models of plans that fit are then counted, which tells what else they
+    spare, such as the last block's rows that no head reads.
+
+    Raises:
+        ValueError: the share is not between what the most merging leaves and 1.
+    """
+    model = unwrapped(model)
+    cost, plans = TokenCost.of(model), AdaptivePlan.candidates(encoder_of(model))
+    counted: dict[AdaptivePlan, float] = {}
+
+    def count(plan: AdaptivePlan) -> float:
+        if plan not in counted:
+            smaller = model.compressed(plan) if isinstance(model, Segmenter) else compress(model, plan)
+            counted[plan] = count_gmacs(smaller, input_size(model)) / cost.total
+        return counted[plan]
+
+    least = count(plans[0]) if plans else 1
+    if not least <= share < 1:
+        raise ValueError(f"gmacs must be at least {least:.3g}, the most merging, and below 1, got {share:g}")
+    correction = least - cost.share(plans[0])
+    for _ in range(4):
+        within = bisect_right(plans, share, key=lambda plan: cost.share(plan) + correction)
+        plan = plans[max(within, 1) - 1]
+        if plan in counted:
+            break
+        correction = count(plan) - cost.share(plan)
+    return max((plan for plan in counted if counted[plan] <= share), key=lambda plan: sum(plan.tokens))
+
+
+class TokenCost(NamedTuple):
+    """What a model's multiply-accumulates depend on, to count those of a plan without its model.
+
+    Args:
+        total: of the uncompressed model, in billions, of one image.
+        blocks: for each block the factors of the tokens and of their square.
+        width: D.
+    """
+
+    total: float
+    blocks: list[tuple[float, float]]
+    width: int
+
+    @classmethod
+    def of(cls, model: Model) -> "TokenCost":
+        """That of an uncompressed model."""
+        model = unwrapped(model)
+        encoder = encoder_of(model)
+        full = tokens_of(model)[0]
+        half = -(-full // 2)
+        known, blocks = {}, []
+        for block in encoder.blocks:
+            kind = (type(block), *(weight.shape for weight in block.parameters()))
+            if kind not in known:
+                whole, part = (count_gmacs(block, (count, encoder.embed_dim)) for count in (full, half))
+                square = (whole / full - part / half) / max(full - half, 1)
+                known[kind] = (whole / full - square * full, square)
+            blocks.append(known[kind])
+        return cls(count_gmacs(model, input_size(model)), blocks, encoder.embed_dim)
+
+    def share(self, plan: AdaptivePlan) -> float:
+        """GMACs of the plan's model over the uncompressed model's."""
+        full, spared = plan.num_tokens, 0.0
+        for (linear, square), tokens in zip(self.blocks, plan.tokens, strict=True):
+            spared += linear * (full - tokens) + square * (full**2 - tokens**2)
+        return 1 - (spared - plan.matching_macs(self.width) / 1e9) / self.total
 
 
 def fit_gmacs(

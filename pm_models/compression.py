@@ -1,8 +1,10 @@
 """How a model is compressed, as one value: the plan and the options of :func:`pm_models.compress`."""
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import MISSING, dataclass, fields
 
-from .plan import CompressionPlan
+from .adaptive_plan import AdaptivePlan, is_adaptive
+from .plan import CompressionPlan, reading_plan
 
 TRAIN_MATRICES = ("support", "dense", None)
 MERGE_SITES = ("block", "attention")
@@ -18,15 +20,15 @@ class Compression:
         ValueError: an option is none of its choices.
     """
 
-    plan: CompressionPlan
+    plan: CompressionPlan | AdaptivePlan
     train_matrices: str | None = "support"
     size_bias: bool = False
     merge_site: str = "block"
     shortcut: str = "pruned"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.plan, CompressionPlan):
-            raise TypeError(f"plan must be a CompressionPlan, got {type(self.plan).__name__}")
+        if not isinstance(self.plan, CompressionPlan | AdaptivePlan):
+            raise TypeError(f"plan must be a CompressionPlan or an AdaptivePlan, got {type(self.plan).__name__}")
         for name, choices in (
             ("train_matrices", TRAIN_MATRICES),
             ("merge_site", MERGE_SITES),
@@ -36,6 +38,17 @@ class Compression:
             if value not in choices:
                 *others, last = map(repr, choices)
                 raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+        for field in fields(self) if self.adaptive else ():
+            if field.default is not MISSING and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name} must be {field.default!r} with an AdaptivePlan, which has no matrices and always "
+                    f"minds sizes, got {getattr(self, field.name)!r}"
+                )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether tokens merge by what is in each image, not by matrices."""
+        return isinstance(self.plan, AdaptivePlan)
 
     def to_dict(self) -> dict[str, object]:
         """The arguments of :func:`pm_models.compress`, as JSON has them."""
@@ -43,3 +56,18 @@ class Compression:
 
 
 OPTIONS = tuple(field.name for field in fields(Compression))
+
+
+def plan_from(source: CompressionPlan | AdaptivePlan | dict | str | os.PathLike) -> CompressionPlan | AdaptivePlan:
+    """A plan as it is, or of either kind from its ``to_dict`` or the file that it was saved to.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the dict, or what is in the file, is no plan; the message names the file and the field.
+    """
+    if isinstance(source, str | os.PathLike):
+        with reading_plan(source) as values:
+            return plan_from(values if isinstance(values, dict) else {})
+    if isinstance(source, dict):
+        return (AdaptivePlan if is_adaptive(source) else CompressionPlan).from_dict(source)
+    return source

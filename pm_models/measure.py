@@ -43,8 +43,10 @@ def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int =
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
 
 
-def count_gmacs(model: nn.Module, image_size: tuple[int, int, int]) -> float:
+def count_gmacs(model: nn.Module, image_size: tuple[int, ...]) -> float:
     """Billions of multiply-accumulates of one image (channels, height, width), as torch counts its matrix products.
+
+    Of a block, ``image_size`` is that of its tokens (N, D).
 
     A wrapper (``torch.compile``, DistributedDataParallel, accelerate, ...) counts as the model inside.
     """

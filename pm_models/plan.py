@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,68 @@ _MOST = 10_000  # blocks, and prefix tokens
 _VERSION = 1
 
 
+class Plan:
+    """What every plan has: it is a value for one grid, depth and number of prefix tokens, saved as JSON."""
+
+    grid: tuple[int, int]
+    depth: int
+    num_prefix_tokens: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """N: prefix tokens and patches."""
+        return self.num_prefix_tokens + self.num_patches
+
+    def check_sizes(self) -> None:
+        """Raise a ValueError where the grid, the depth or the number of prefix tokens is out of range."""
+        _check_grid(self.grid)
+        if not 1 <= self.depth <= _MOST:
+            raise ValueError(f"depth must be between 1 and {_MOST}, got {self.depth}")
+        if not 0 <= self.num_prefix_tokens <= _MOST:
+            raise ValueError(f"num_prefix_tokens must be between 0 and {_MOST}, got {self.num_prefix_tokens}")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_atomically(path, json.dumps(self.to_dict()).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no plan of this kind and version; the message names the file and the field.
+        """
+        with reading_plan(path) as values:
+            return cls.from_dict(values)
+
+
+@contextmanager
+def reading_plan(path: str | os.PathLike) -> Iterator[object]:
+    """The JSON of a plan's file; what is wrong with it is told with the file's name."""
+    try:
+        yield json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+@contextmanager
+def reading_fields() -> Iterator[None]:
+    """Tell which field of a plan's JSON is missing, or of the wrong type."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"a plan needs the field {error}") from error
+    except (AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(f"a field of the plan has the wrong type: {error}") from error
+
+
 @dataclass(frozen=True)
-class CompressionPlan:
+class CompressionPlan(Plan):
     """Which patches each stage of a Vision Transformer keeps, merges and prunes: a value, saved as JSON.
 
     Blocks outside of every stage run on all tokens.
@@ -39,11 +100,7 @@ class CompressionPlan:
     stages: tuple[StagePlan, ...]
 
     def __post_init__(self) -> None:
-        _check_grid(self.grid)
-        if not 1 <= self.depth <= _MOST:
-            raise ValueError(f"depth must be between 1 and {_MOST}, got {self.depth}")
-        if not 0 <= self.num_prefix_tokens <= _MOST:
-            raise ValueError(f"num_prefix_tokens must be between 0 and {_MOST}, got {self.num_prefix_tokens}")
+        self.check_sizes()
         _check_stage_bounds([(stage.first, stage.last) for stage in self.stages], self.depth)
         for stage in self.stages:
             if len(stage.segments) != self.num_patches:
@@ -160,15 +217,6 @@ class CompressionPlan:
         )
 
     @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """N: prefix tokens and patches."""
-        return self.num_prefix_tokens + self.num_patches
-
-    @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens that each block runs on, prefix tokens included."""
         tokens = [self.num_tokens] * self.depth
@@ -254,42 +302,21 @@ class CompressionPlan:
             raise ValueError(f"not a compression plan: 'format' must be {_FORMAT!r}")
         if values.get("version") != _VERSION:
             raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
-        try:
+        with reading_fields():
             return cls(
-                grid=tuple(_integer(size) for size in values["grid"]),
-                depth=_integer(values["depth"]),
-                num_prefix_tokens=_integer(values["num_prefix_tokens"]),
+                grid=tuple(as_integer(size) for size in values["grid"]),
+                depth=as_integer(values["depth"]),
+                num_prefix_tokens=as_integer(values["num_prefix_tokens"]),
                 stages=tuple(
                     StagePlan(
-                        first=_integer(stage["first"]),
-                        last=_integer(stage["last"]),
-                        segments=tuple(_integer(segment) for segment in stage["segments"]),
+                        first=as_integer(stage["first"]),
+                        last=as_integer(stage["last"]),
+                        segments=tuple(as_integer(segment) for segment in stage["segments"]),
                         weights=tuple(float(weight) for weight in stage["weights"]),
                     )
                     for stage in values["stages"]
                 ),
             )
-        except KeyError as error:
-            raise ValueError(f"a plan needs the field {error}") from error
-        except (TypeError, OverflowError) as error:
-            raise ValueError(f"a field of the plan has the wrong type: {error}") from error
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON, whole or not at all."""
-        write_atomically(path, json.dumps(self.to_dict()).encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "CompressionPlan":
-        """Read a plan that :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no plan of this version; the message names the file and the field.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def __repr__(self) -> str:
         rows, columns = self.grid
@@ -346,7 +373,7 @@ def _check_stage_bounds(bounds: Sequence[tuple[int, int]], depth: int) -> None:
         previous = last
 
 
-def _integer(value: object) -> int:
+def as_integer(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected an integer, got {value!r}")
     return value

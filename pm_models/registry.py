@@ -10,7 +10,8 @@ from timm.models._builder import pretrained_cfg_for_features
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from .compression import OPTIONS
+from .adaptive_plan import AdaptivePlan
+from .compression import OPTIONS, plan_from
 from .plan import CompressionPlan
 from .vision_transformer import Compressed, PlainModel, compress
 
@@ -22,8 +23,8 @@ def register_models() -> None:
     """Register ``pm_<name>`` for every Vision Transformer of timm that can be compressed, once.
 
     ``timm.create_model("pm_<name>", plan=..., **arguments)`` makes timm's model, with its own arguments, and compresses
-    it; the options of :func:`pm_models.compress` go with them. ``plan`` is a :class:`~pm_models.CompressionPlan`, its
-    dict, or the path of a file that it was saved to.
+    it; the options of :func:`pm_models.compress` go with them. ``plan`` is a :class:`~pm_models.CompressionPlan` or
+    an :class:`~pm_models.AdaptivePlan`, its dict, or the path of a file that it was saved to.
     """
     known = set(timm.list_models(f"{PREFIX}*"))
     for module in _TIMM_MODULES:
@@ -46,7 +47,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def entrypoint(
         pretrained: bool = False,
         *,
-        plan: CompressionPlan | dict | str | os.PathLike | None = None,
+        plan: CompressionPlan | AdaptivePlan | dict | str | os.PathLike | None = None,
         **arguments: object,
     ) -> Compressed | FeatureGetterNet:
         if plan is None:
@@ -62,7 +63,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         model = make(pretrained=pretrained and not compressed, **arguments)
         # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
         with torch.device("cpu"):
-            model = compress(model, _plan(plan), **options)
+            model = compress(model, plan_from(plan), **options)
         if pretrained and compressed:
             in_chans = model.patch_embed.proj.in_channels
             load_pretrained(model, model.pretrained_cfg, num_classes=model.num_classes, in_chans=in_chans)
@@ -79,9 +80,3 @@ def _features(model: Compressed, out_indices: int | Sequence[int]) -> FeatureGet
     net.in_chans = model.patch_embed.proj.in_channels
     net.pretrained_cfg = net.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
     return net
-
-
-def _plan(plan: CompressionPlan | dict | str | os.PathLike) -> CompressionPlan:
-    if isinstance(plan, (str, os.PathLike)):
-        return CompressionPlan.load(plan)
-    return CompressionPlan.from_dict(plan) if isinstance(plan, dict) else plan

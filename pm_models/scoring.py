@@ -56,6 +56,10 @@ def score_tokens(
     compression = compression_of(model)
     if compression is None:
         check_vision_transformer(encoder)
+    elif compression.adaptive:
+        raise ValueError(
+            "model has an AdaptivePlan, which merges other tokens in each image; score model.uncompressed()"
+        )
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     if batches < (0 if shared else 1):
         raise ValueError(f"batches must be at least 1, got {batches}")

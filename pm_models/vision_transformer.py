@@ -1,6 +1,7 @@
 """A timm Vision Transformer whose blocks run on fewer tokens."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import NoneType
@@ -11,6 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .adaptive_plan import AdaptivePlan
 from .attention import (
     fusable_attentions,
     fuse,
@@ -22,6 +24,7 @@ from .attention import (
 from .compression import OPTIONS, Compression
 from .modules import Rewired, as_class, is_touched, replace_module
 from .plan import CompressionPlan
+from .reductions import make_reduction
 from .reductions.folding import Transition
 from .reductions.matrices import StageMatrices
 from .reductions.static import EXECUTIONS, Maps, StaticReduction
@@ -47,17 +50,20 @@ class Compressed(nn.Module):
     def __init__(self, model: PlainModel, compression: Compression) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
-        self.compression = compression
+        plan = compression.plan
         for index, block in enumerate(self.blocks):
-            sizes = self.plan.token_sizes(index) if self.size_bias and self.plan.stage_of(index) is not None else None
+            sizes = plan.token_sizes(index) if compression.size_bias and plan.stage_of(index) is not None else None
             for name, attention in fusable_attentions(block).items():
                 replace_module(block, name, fuse(attention, key_bias=None if sizes is None else sizes.log()))
         if type(self.blocks) is nn.Sequential:
             self.blocks = as_class(self.blocks, Blocks)
-        self.stages = StaticReduction(compression, getattr(self, "rope", None), getattr(self, "rope_mixed", False))
-        self.stages.to(self.patch_embed.proj.weight)
+        self._reduce_by(compression)
 
-    plan: CompressionPlan = property(lambda self: self.compression.plan)
+    def _reduce_by(self, compression: Compression) -> None:
+        self.compression = compression
+        self.stages = make_reduction(compression, self).to(self.patch_embed.proj.weight)
+
+    plan: CompressionPlan | AdaptivePlan = property(lambda self: self.compression.plan)
     train_matrices: str | None = property(lambda self: self.compression.train_matrices)
     size_bias: bool = property(lambda self: self.compression.size_bias)
     merge_site: str = property(lambda self: self.compression.merge_site)
@@ -67,7 +73,8 @@ class Compressed(nn.Module):
     def execution(self) -> str:
         """``"folded"``: no full token map between blocks; ``"literal"``: the paper's equations, word by word.
 
-        With ``merge_site="attention"`` every merge needs the full map, and the two are the same.
+        With ``merge_site="attention"`` every merge needs the full map, and the two are the same. With an AdaptivePlan
+        there is the first alone.
         """
         return self.stages.execution
 
@@ -96,7 +103,7 @@ class Compressed(nn.Module):
 
         Uncompressed blocks between stages have one too. ``None`` is a state that stays as it is.
         """
-        return self.stages.fold(self._pooled_readout(), self.patch_embed.proj.weight.dtype).transitions
+        return self._static().fold(self._pooled_readout(), self.patch_embed.proj.weight.dtype).transitions
 
     def freeze(self) -> "Compressed":
         """Make the model's folded matrices constants, for serving: they no longer train, and are no longer saved.
@@ -137,8 +144,7 @@ class Compressed(nn.Module):
         """timm's ``forward_intermediates``: the full token map after each block asked for."""
         refuse_masks(kwargs.pop("attn_mask", None), kwargs.pop("is_causal", False))
         taken, _ = feature_take_indices(len(self.blocks), indices)
-        self._check_grid(x)
-        blocks = _CapturingBlocks(self, taken, len(self.blocks))
+        blocks = _CapturingBlocks(self, taken, len(self.blocks), self._checked_grid(x))
         return self.plain_class.forward_intermediates(self._around(blocks), x, indices, *args, **kwargs)
 
     def prune_intermediate_layers(self, *args: object, **kwargs: object) -> list[int]:
@@ -150,13 +156,18 @@ class Compressed(nn.Module):
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
-        """Refused where it would change the grid, which the plan was made for.
+        """Refused where it would change the grid that a CompressionPlan was made for; an AdaptivePlan is scaled to it.
 
         Raises:
-            ValueError: the new size has another grid than the plan.
+            ValueError: the new size has another grid than a CompressionPlan.
         """
         height, width = img_size or self.patch_embed.img_size
         rows, columns = patch_size or self.patch_embed.patch_size
+        if self.compression.adaptive:
+            super().set_input_size(img_size=img_size, patch_size=patch_size)
+            plan = self.plan.resize(tuple(self.patch_embed.grid_size))
+            self._reduce_by(dataclasses.replace(self.compression, plan=plan))
+            return
         if (height // rows, width // columns) != self.plan.grid:
             raise ValueError(
                 f"img_size {(height, width)} with patches of {(rows, columns)} gives a grid of "
@@ -176,8 +187,8 @@ class Compressed(nn.Module):
 
     def _features(self, readout: str, x: Tensor) -> Tensor:
         """Images to the normalised rows of ``readout``, by timm's ``forward_features``."""
-        self._check_grid(x)
-        return self.plain_class.forward_features(self._around(_AllBlocks(self, readout)), x)
+        blocks = _AllBlocks(self, readout, self._checked_grid(x))
+        return self.plain_class.forward_features(self._around(blocks), x)
 
     def _around(self, blocks: "_AllBlocks | _CapturingBlocks") -> Rewired:
         """The model as timm's forwards see it: they embed, walk ``blocks``, and normalise; checkpointing is ours.
@@ -186,18 +197,25 @@ class Compressed(nn.Module):
         """
         return Rewired(self, blocks=blocks, grad_checkpointing=False, rope_mixed=False)
 
-    def _check_grid(self, images: Tensor) -> None:
-        """Refuse images of another grid, which may have as many patches."""
-        if hasattr(self.patch_embed, "dynamic_feat_size"):
-            grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
-            if grid != self.plan.grid:
-                raise ValueError(
-                    f"the images give {grid[0] * grid[1] + self.num_prefix_tokens} tokens, but the plan was made for a "
-                    f"grid of {self.plan.grid}, not {grid}; make a plan for that size (plan.resize)"
-                )
+    def _checked_grid(self, images: Tensor) -> tuple[int, int]:
+        """The images' grid, refused where it is not a CompressionPlan's, though it may have as many patches."""
+        if not hasattr(self.patch_embed, "dynamic_feat_size"):
+            return self.plan.grid
+        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        if grid != self.plan.grid and not self.compression.adaptive:
+            raise ValueError(
+                f"the images give {grid[0] * grid[1] + self.num_prefix_tokens} tokens, but the plan was made for a "
+                f"grid of {self.plan.grid}, not {grid}; make a plan for that size (plan.resize)"
+            )
+        return grid
+
+    def _static(self) -> StaticReduction:
+        if self.compression.adaptive:
+            raise ValueError("the model has an AdaptivePlan: what merges is decided for each image, by no matrices")
+        return self.stages
 
     def _block_matrices(self) -> Iterator[StageMatrices]:
-        for run in self.stages.runs:
+        for run in self._static().runs:
             if run.stage is not None:
                 yield from [self.stages[run.stage]] * (run.last - run.first + 1)
 
@@ -214,8 +232,16 @@ class Compressed(nn.Module):
             return "patch_mean"
         return "all"
 
-    def _run(self, x: Tensor, rope: Tensor | None = None, readout: str = "all", maps: Maps | None = None) -> Tensor:
-        return self.stages(self.blocks, x, readout, rope, maps=maps, checkpointing=self.grad_checkpointing)
+    def _run(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Tensor | None = None,
+        readout: str = "all",
+        maps: Maps | None = None,
+    ) -> Tensor:
+        checkpointing = self.grad_checkpointing
+        return self.stages(self.blocks, x, readout, rope, grid=grid, maps=maps, checkpointing=checkpointing)
 
 
 class Blocks(nn.Sequential):
@@ -249,13 +275,14 @@ class PMEva(Compressed, Eva):
 class _AllBlocks:
     """Blocks as ``forward_features`` runs them: a VisionTransformer calls them, an Eva walks them and meets one."""
 
-    def __init__(self, model: Compressed, readout: str) -> None:
+    def __init__(self, model: Compressed, readout: str, grid: tuple[int, int]) -> None:
         self._model = model
         self._readout = readout
+        self._grid = grid
 
     def __call__(self, x: Tensor, rope: Tensor | None = None, **_: object) -> Tensor:
         blocks = self._model.blocks
-        run = partial(self._model._run, rope=rope, readout=self._readout)
+        run = partial(self._model._run, grid=self._grid, rope=rope, readout=self._readout)
         return blocks(x, run=run) if isinstance(blocks, Blocks) else run(x)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
@@ -265,22 +292,23 @@ class _AllBlocks:
 class _CapturingBlocks:
     """Blocks as ``forward_intermediates`` walks them: the first call runs the model, each hands out its full map."""
 
-    def __init__(self, model: Compressed, taken: list[int], depth: int) -> None:
+    def __init__(self, model: Compressed, taken: list[int], depth: int, grid: tuple[int, int]) -> None:
         self._model = model
         self._taken = taken
         self._depth = depth
+        self._grid = grid
 
     def __len__(self) -> int:
         return self._depth
 
     def __getitem__(self, blocks: slice) -> "_CapturingBlocks":
-        return _CapturingBlocks(self._model, self._taken, len(range(self._depth)[blocks]))
+        return _CapturingBlocks(self._model, self._taken, len(range(self._depth)[blocks]), self._grid)
 
     def __iter__(self) -> Iterator[Callable[[Tensor], Tensor | None]]:
         maps: Maps = dict.fromkeys((*self._taken, self._depth - 1))
 
         def first(x: Tensor, rope: Tensor | None = None, **_: object) -> Tensor | None:
-            self._model._run(x, rope, maps=maps)
+            self._model._run(x, self._grid, rope, maps=maps)
             return maps.get(0)
 
         yield first
@@ -295,19 +323,22 @@ _COMPRESSED_CLASSES: dict[type[PlainModel], type[Compressed]] = {
 
 def compress(
     model: PlainModel,
-    plan: CompressionPlan,
+    plan: CompressionPlan | AdaptivePlan,
     *,
     train_matrices: str | None = "support",
     size_bias: bool = False,
     merge_site: str = "block",
     shortcut: str = "pruned",
 ) -> Compressed:
-    """Compress a timm Vision Transformer by a plan (arXiv 2503.23455, section 3).
+    """Compress a timm Vision Transformer by a plan: static (arXiv 2503.23455, section 3) or adaptive.
+
+    With an :class:`~pm_models.AdaptivePlan`, tokens merge by what is in each image: no weights are added, nothing has
+    to be trained, and the options stay as they are.
 
     Args:
         model: a timm VisionTransformer, VisionTransformerDistilled or Eva, or a wrapper of one (``torch.compile``,
             DistributedDataParallel, accelerate, ...); it is left as it was.
-        plan: made for the model's grid, depth and prefix tokens.
+        plan: a CompressionPlan or an AdaptivePlan, made for the model's grid, depth and prefix tokens.
         train_matrices: which entries of the merge and reconstruct matrices train: ``"support"``, the plan's nonzeros;
             ``"dense"``, all; ``None``, none.
         size_bias: add the logarithm of the number of tokens that a merged token stands for to its logits as a key
@@ -377,7 +408,7 @@ def _check_model(model: PlainModel, size_bias: bool) -> None:
                 )
 
 
-def _check_plan(model: PlainModel, plan: CompressionPlan) -> None:
+def _check_plan(model: PlainModel, plan: CompressionPlan | AdaptivePlan) -> None:
     for name, planned, actual in (
         ("grid", plan.grid, tuple(model.patch_embed.grid_size)),
         ("depth", plan.depth, len(model.blocks)),

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
+from ..adaptive_plan import AdaptivePlan
 from ..budget import LatencyTable, measure_latency
 from ..checkpoints import CONFIG_NAME
+from ..compression import plan_from
 from ..data import read_image
 from ..export import export_model
 from ..files import write_atomically
@@ -118,7 +120,7 @@ def _latency_report(batch: int, table: LatencyTable, device: str, compressed: fl
     return text if compressed is None else f"{text}\nthe compressed model: {compressed:.2f}x"
 
 
-def _plan_of(path: Path) -> CompressionPlan:
+def _plan_of(path: Path) -> CompressionPlan | AdaptivePlan:
     """The plan of a file, or of the model in a folder."""
     if path.is_dir():
         if (path / "plan.json").is_file():
@@ -130,7 +132,7 @@ def _plan_of(path: Path) -> CompressionPlan:
             return compression.plan
         else:
             raise FileNotFoundError(f"{path} holds neither a plan.json nor a model")
-    return CompressionPlan.load(path)
+    return plan_from(path)
 
 
 def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:

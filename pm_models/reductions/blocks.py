@@ -26,7 +26,8 @@ def branches(block: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Tensor]
         return scale * branch if isinstance(scale, Tensor) else scale(branch)
 
     def attend(normed: Tensor, **given: object) -> Tensor:
-        return block.drop_path1(scaled(block.attn(normed, attn_mask=None, is_causal=False, **given), scales[0]))
+        given = {"attn_mask": None, "is_causal": False} | given
+        return block.drop_path1(scaled(block.attn(normed, **given), scales[0]))
 
     def feed(x: Tensor) -> Tensor:
         return block.drop_path2(scaled(block.mlp(block.norm2(x)), scales[1]))
@@ -66,7 +67,7 @@ def _is_plain(weight: Tensor | None) -> bool:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, normed: Tensor | None = None, rows: int | None = None, **positions: Tensor
+    block: nn.Module, x: Tensor, normed: Tensor | None = None, rows: int | None = None, **given: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """``block(x)`` as the two terms of its last sum; the second is ``None`` where the block runs whole.
 
@@ -75,15 +76,15 @@ def run_block(
         x: (B, N, D).
         normed: (B, N, D), ``block.norm1(x)`` where it is there already, because the block has an :func:`opening_norm`.
         rows: compute the first rows alone, which still attend to all of x, because the block :func:`attends_apart`.
-        positions: what the block takes beside x, ``rope``.
+        given: what the block takes beside x: ``rope``, and ``attn_mask`` (B, 1, 1, N) that biases keys.
     """
     parts = branches(block)
     if parts is None:
-        return block(x, **positions), None
+        return block(x, **given), None
     attend, feed = parts
     normed = block.norm1(x) if normed is None else normed
     if rows is None:
-        x = x + attend(normed, **positions)
+        x = x + attend(normed, **given)
     else:
-        x = x[:, :rows] + attend(normed[:, :rows], attended=normed, **positions)
+        x = x[:, :rows] + attend(normed[:, :rows], attended=normed, **given)
     return x, feed(x)

@@ -42,28 +42,56 @@ class MergedPositions(nn.Module):
         return angles.index_select(-2, self.patches) + self.distances.to(slopes.dtype) @ slopes
 
 
-class RotaryPositions(nn.Module):
-    """A rotary table by the merged tokens of each block.
+class Rotary(nn.Module):
+    """How the angles of a rotary table grow over the grid.
 
     Args:
-        rope: timm's embedding, for the plan's grid.
-        plan: the model's plan.
+        rope: timm's embedding.
+        grid: (h, w), that it is for.
         mixed: whether its tables are one for each block and head.
 
     Raises:
         ValueError: its angles are not proportional to the place in the grid.
     """
 
-    def __init__(self, rope: nn.Module, plan: CompressionPlan, mixed: bool) -> None:
+    def __init__(self, rope: nn.Module, grid: tuple[int, int], mixed: bool) -> None:
         super().__init__()
-        self._grid = plan.grid
+        self._grid = grid
         self._mixed = mixed
-        self._stages = nn.ModuleDict({str(stage.first): MergedPositions(plan, stage) for stage in plan.stages})
         with torch.no_grad():
-            table = rope.get_embed(shape=list(plan.grid))
-            self.register_buffer("turns", _turns(rope, _angles(table), plan.grid), persistent=False)
+            table = rope.get_embed(shape=list(grid))
+            self.register_buffer("turns", _turns(rope, _angles(table), grid), persistent=False)
             if not table.is_meta:
                 self._check_linear(table)
+
+    def _slopes(self, angles: Tensor) -> Tensor:
+        """The angles' growth from patch to patch down and to the right, (..., 2, d)."""
+        return _slopes(angles, self.turns, self._grid)
+
+    def _check_linear(self, table: Tensor) -> None:
+        angles = _angles(table)
+        height, width = self._grid
+        places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(angles)
+        expected = angles[..., :1, :] + places @ self._slopes(angles)
+        furthest = max((expected.sin() - angles.sin()).abs().max(), (expected.cos() - angles.cos()).abs().max()).item()
+        if furthest > 0.05:
+            raise ValueError(
+                f"model has rotary embeddings whose angles are not proportional to the place in the grid {self._grid} "
+                f"(their sines differ by up to {furthest:.2g}), so that a merged token has no position"
+            )
+
+
+class RotaryPositions(Rotary):
+    """A rotary table by the merged tokens of each block of a static plan.
+
+    Args:
+        rope, mixed: as for :class:`Rotary`.
+        plan: the model's plan.
+    """
+
+    def __init__(self, rope: nn.Module, plan: CompressionPlan, mixed: bool) -> None:
+        super().__init__(rope, plan.grid, mixed)
+        self._stages = nn.ModuleDict({str(stage.first): MergedPositions(plan, stage) for stage in plan.stages})
 
     def forward(self, table: Tensor, runs: Iterable[tuple[int, int, bool]]) -> list[Tensor]:
         """The table (..., patches, 2 * d), sines first, as each block takes it: (tokens, 2 * d), or with heads before.
@@ -82,27 +110,38 @@ class RotaryPositions(nn.Module):
             tables += found.unbind(0) if self._mixed else [found] * (last - first + 1)
         return tables
 
-    def _slopes(self, angles: Tensor) -> Tensor:
-        """The angles' growth from patch to patch down and to the right, (..., 2, d)."""
-        return torch.stack([step.mean(-2) for step in _steps(angles, self._grid)], dim=-2) + math.tau * self.turns
 
-    def _check_linear(self, table: Tensor) -> None:
+class RotaryPlaces(Rotary):
+    """A rotary table by where the tokens of each image stand. Arguments as for :class:`Rotary`."""
+
+    def places(self, grid: tuple[int, int], like: Tensor) -> Tensor:
+        """Rows and columns of the patches of a grid, (h * w, 2), in float32 at least."""
+        rows, columns = (
+            torch.arange(side, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+            for side in grid
+        )
+        return torch.cartesian_prod(rows, columns)
+
+    def forward(self, table: Tensor, places: Tensor | None, grid: tuple[int, int], block: int) -> Tensor:
+        """The table (..., patches, 2 * d) for a block: as it is, or at places (B, C, 2), (B, 1 or H, C, 2 * d)."""
+        table, turns = (table[block], self.turns[block]) if self._mixed else (table, self.turns)
+        if places is None:
+            return table
         angles = _angles(table)
-        height, width = self._grid
-        places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(angles)
-        expected = angles[..., :1, :] + places @ self._slopes(angles)
-        furthest = max((expected.sin() - angles.sin()).abs().max(), (expected.cos() - angles.cos()).abs().max()).item()
-        if furthest > 0.05:
-            raise ValueError(
-                f"model has rotary embeddings whose angles are not proportional to the place in the grid {self._grid} "
-                f"(their sines differ by up to {furthest:.2g}), so that a merged token has no position"
-            )
+        slopes = _slopes(angles, turns, grid)
+        merged = angles[..., :1, :] + places.unsqueeze(1).to(slopes.dtype) @ slopes
+        return torch.cat([merged.sin(), merged.cos()], dim=-1).to(table.dtype)
 
 
 def _angles(table: Tensor) -> Tensor:
     """Angles (..., patches, d) between minus and plus half a turn."""
     sine, cosine = table.to(torch.promote_types(table.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.atan2(sine, cosine)
+
+
+def _slopes(angles: Tensor, turns: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(..., 2, d): the mean steps, and the whole turns (..., 2, d) beside them."""
+    return torch.stack([step.mean(-2) for step in _steps(angles, grid)], dim=-2) + math.tau * turns
 
 
 def _steps(angles: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

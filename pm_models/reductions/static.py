@@ -94,6 +94,7 @@ class StaticReduction(nn.Module):
         readout: str = "all",
         rope: Tensor | None = None,
         *,
+        grid: tuple[int, int] | None = None,
         maps: Maps | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
@@ -105,6 +106,7 @@ class StaticReduction(nn.Module):
             readout: ``"all"`` N tokens, ``"prefix"``, or ``"patch_mean"``: what is read need not be made exact; where
                 all tokens are there anyway, they are given.
             rope: a rotary table of the patches.
+            grid: of the patches, the plan's.
             maps: to be filled in with the full map after each block that it has a key for. The last of them ends the
                 run, and its map is returned.
             checkpointing: compute what is between blocks again in backward.

@@ -1,0 +1,186 @@
+"""When a model merges its tokens by what is in each image, and down to how many."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from pm_kernels.reference import fewest_tokens, merges_by_round
+
+from .plan import Plan, as_integer, reading_fields
+
+ROUNDS = 2
+_FORMAT = "pm-vit adaptive plan"
+_VERSION = 1
+# Where a model of twelve blocks merges: early, as only the blocks after a merge gain by it, and with time between
+# merges for the tokens to take up what they became.
+_MERGES_OF_TWELVE = (1, 3, 5, 8)
+
+
+@dataclass(frozen=True)
+class AdaptivePlan(Plan):
+    """Before which blocks of a Vision Transformer tokens merge, and how many are left: a value, saved as JSON.
+
+    Which tokens merge is decided image by image, see :func:`pm_kernels.match_tokens`.
+
+    Args:
+        grid: patches as (rows, columns). On another grid the numbers of patches that are left scale with it.
+        depth: blocks of the model.
+        num_prefix_tokens: tokens before the patches (class, distillation, registers); they never merge.
+        merges: {block: tokens from that block on, prefix tokens included}.
+
+    Raises:
+        ValueError: a field is out of range, or a merge leaves more tokens than there were, or fewer than it can.
+    """
+
+    grid: tuple[int, int]
+    depth: int
+    num_prefix_tokens: int
+    merges: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        self.check_sizes()
+        if not isinstance(self.merges, Mapping):
+            raise ValueError(f"merges must be a dict {{block: tokens}}, got {self.merges!r}")
+        object.__setattr__(self, "merges", dict(sorted(self.merges.items())))
+        patches = self.num_patches
+        for block, tokens in self.merges.items():
+            if not 0 <= block < self.depth:
+                raise ValueError(f"merges must name blocks from 0 to {self.depth - 1}, got {block}")
+            least = self.num_prefix_tokens + fewest_tokens(patches, ROUNDS)
+            most = self.num_prefix_tokens + patches
+            if not least <= tokens <= most:
+                raise ValueError(
+                    f"merges must leave between {least} and {most} tokens before block {block}, got {tokens}"
+                )
+            patches = tokens - self.num_prefix_tokens
+
+    def __hash__(self) -> int:
+        return hash((self.grid, self.depth, self.num_prefix_tokens, tuple(self.merges.items())))
+
+    @classmethod
+    def for_model(cls, model: nn.Module, gmacs: float = 0.62) -> "AdaptivePlan":
+        """The plan by which a model needs a share of its GMACs: four merges, each of the same share of the patches.
+
+        They stand before blocks 1, 3, 5 and 8 of twelve, and accordingly in a model of another depth.
+
+        Args:
+            model: a timm VisionTransformer or Eva, or a :class:`~pm_models.Segmenter`, uncompressed.
+            gmacs: multiply-accumulates of one image, over those of the uncompressed model; the plan has at most so
+                many, those of the matching included.
+
+        Raises:
+            ValueError: the share is not between what the most merging leaves and 1.
+        """
+        from .budget import fit_share  # which builds models, and models have plans
+
+        return fit_share(model, gmacs)
+
+    @classmethod
+    def candidates(cls, encoder: nn.Module) -> list["AdaptivePlan"]:
+        """Plans of four even merges for a Vision Transformer, from the fewest tokens on."""
+        grid, depth = tuple(encoder.patch_embed.grid_size), len(encoder.blocks)
+        patches, prefix = grid[0] * grid[1], encoder.num_prefix_tokens
+        blocks = sorted({min(int(depth * block / 12 + 0.5), depth - 1) for block in _MERGES_OF_TWELVE})
+        plans = []
+        for last in range(1, patches):
+            shares = [(last / patches) ** ((index + 1) / len(blocks)) for index in range(len(blocks))]
+            merges = {
+                block: prefix + max(round(patches * share), 1) for block, share in zip(blocks, shares, strict=True)
+            }
+            try:
+                plans.append(cls(grid, depth, prefix, merges))
+            except ValueError:  # more than two rounds can merge
+                continue
+        return plans
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that each block runs on, prefix tokens included."""
+        return tuple(self.tokens_of(self.num_patches))
+
+    def tokens_of(self, patches: int) -> list[int]:
+        """Tokens that each block runs on where an image has so many patches: the plan's, scaled."""
+        prefix, left, tokens = self.num_prefix_tokens, patches, []
+        for block in range(self.depth):
+            if block in self.merges:
+                planned = round((self.merges[block] - prefix) * patches / self.num_patches)
+                left = min(max(planned, fewest_tokens(left, ROUNDS)), left)
+            tokens.append(prefix + left)
+        return tokens
+
+    def resize(self, grid: tuple[int, int]) -> "AdaptivePlan":
+        """The plan for another grid, with as large a share of the patches left."""
+        grid = tuple(grid)
+        tokens = self.tokens_of(grid[0] * grid[1])
+        return AdaptivePlan(grid, self.depth, self.num_prefix_tokens, {block: tokens[block] for block in self.merges})
+
+    def matching_macs(self, width: int) -> int:
+        """Multiply-accumulates of the distances between tokens of a width, of one image."""
+        return sum(
+            (patches - patches // 2) * (patches // 2) * width
+            for before, after in self._steps()
+            for patches in _rounds(before, after)
+        )
+
+    def _steps(self) -> Iterable[tuple[int, int]]:
+        """Patches before and after each merge."""
+        before = self.num_patches
+        for tokens in self.merges.values():
+            yield before, tokens - self.num_prefix_tokens
+            before = tokens - self.num_prefix_tokens
+
+    def to_dict(self) -> dict:
+        """The plan as plain JSON values, for :meth:`from_dict`."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "grid": list(self.grid),
+            "depth": self.depth,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "merges": {str(block): tokens for block, tokens in self.merges.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "AdaptivePlan":
+        """A plan from :meth:`to_dict`'s values.
+
+        Raises:
+            ValueError: the values are no plan of this version; the message names the field.
+        """
+        if not is_adaptive(values):
+            raise ValueError(f"not an adaptive plan: 'format' must be {_FORMAT!r}")
+        if values.get("version") != _VERSION:
+            raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
+        with reading_fields():
+            return cls(
+                grid=tuple(as_integer(size) for size in values["grid"]),
+                depth=as_integer(values["depth"]),
+                num_prefix_tokens=as_integer(values["num_prefix_tokens"]),
+                merges={int(block): as_integer(tokens) for block, tokens in values["merges"].items()},
+            )
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        lines = [
+            f"AdaptivePlan: {rows} x {columns} patches, {self.num_prefix_tokens} prefix tokens, {self.depth} blocks; "
+            f"{sum(self.tokens)} of {self.depth * self.num_tokens} tokens",
+            "  blocks   tokens",
+        ]
+        starts = sorted({0, *self.merges})
+        for first, following in zip(starts, [*starts[1:], self.depth], strict=True):
+            name = str(first) if following == first + 1 else f"{first}..{following - 1}"
+            lines.append(f"  {name:<6} {self.tokens[first]:>8}")
+        return "\n".join(lines)
+
+
+def is_adaptive(values: object) -> bool:
+    """Whether a plan's JSON is an adaptive plan's."""
+    return isinstance(values, dict) and values.get("format") == _FORMAT
+
+
+def _rounds(before: int, after: int) -> Iterable[int]:
+    """Patches before each round of a merge."""
+    for merges in merges_by_round(before, after, ROUNDS):
+        yield before
+        before -= merges
