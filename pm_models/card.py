@@ -30,6 +30,7 @@ model = load_pretrained("this folder")
 ```
 {results}"""
 _METHOD = "\nIts tokens are compressed by [Prune and Merge](https://arxiv.org/abs/2503.23455).\n"
+_ADAPTIVE = "\nBefore some of its blocks the tokens of an image that are most alike merge into their means.\n"
 
 
 def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) -> str:
@@ -41,7 +42,7 @@ def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) 
         results: rows as :func:`pm_models.report.compare` takes them; may be empty.
     """
     compression, size = compression_of(model), input_size(model)
-    tags = ["timm", *([] if compression is None else ["token-compression", "prune-and-merge"])]
+    tags = ["timm", *([] if compression is None else ["token-compression"])]
     facts = {"Images": f"{size[1]} x {size[2]} pixels, {size[0]} channels", "Classes": str(model.num_classes)}
     if encoder_of(model) is model:
         task = "image-classification"
@@ -49,7 +50,10 @@ def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) 
         task = "image-segmentation"
         facts["Decoder"] = str(model.options["decoder"]).replace("_", " ")
     facts["GMACs per image"] = f"{count_gmacs(model, size):.4g}"
+    method = ""
     if compression is not None:
+        method = _ADAPTIVE if compression.adaptive else _METHOD
+        tags.append("token-merging" if compression.adaptive else "prune-and-merge")
         facts["GMACs before compression"] = f"{count_gmacs(uncompressed(model), size):.4g}"
         facts |= _facts(compression)
     return _CARD.format(
@@ -57,7 +61,7 @@ def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) 
         library=_LIBRARY,
         tags="\n".join(f"- {tag}" for tag in (task, *tags)),
         architecture=architecture,
-        method="" if compression is None else _METHOD,
+        method=method,
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
         results=f"\n## Results\n\n```\n{compare(results)}\n```\n" if results else "",
     )
@@ -70,13 +74,14 @@ def replaces_card(path: Path) -> bool:
 
 def _facts(compression: Compression) -> dict[str, str]:
     plan = compression.plan
+    facts = {"Tokens before compression": str(plan.num_tokens), "Tokens per block": tokens_per_block(list(plan.tokens))}
+    if compression.adaptive:
+        return facts
     stages = [(stage, stage.last - stage.first + 1) for stage in plan.stages]
     blocks = max(sum(count for _, count in stages), 1)
     kept = sum(stage.merged_patches * count for stage, count in stages) / blocks / plan.num_patches
     pruned = sum(stage.pruned_patches * count for stage, count in stages) / blocks / plan.num_patches
-    return {
-        "Tokens before compression": str(plan.num_tokens),
-        "Tokens per block": tokens_per_block(list(plan.tokens)),
+    return facts | {
         "Patches in compressed blocks": f"{kept:.1%} kept, {pruned:.1%} pruned, {1 - kept - pruned:.1%} merged",
         "Options": ", ".join(f"{name}={getattr(compression, name)!r}" for name in OPTIONS if name != "plan"),
     }

@@ -1,5 +1,6 @@
 """What the tests share: small models and plans with ugly sizes."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
+from pm_kernels.reference import merges_by_round
 from pm_models import CompressionPlan
 
 # Triton's interpreter computes with numpy, which warns of what a GPU gives without a word: 0 * inf, inf - inf.
@@ -83,6 +85,38 @@ def transition_written_out(x, matrix, rows, carried=None, update=None, weight=No
         return y, rest
     centred = y - y.mean(-1, keepdim=True)
     return y, rest, centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def matched_one_by_one(features, sizes, tokens, prefix, rounds):
+    """Segments (B, N) and sizes (B, C), by the words of the definition."""
+    found = [
+        _matched_image(*image, tokens, prefix, rounds) for image in zip(features.double(), sizes.tolist(), strict=True)
+    ]
+    segments, merged_sizes = zip(*found, strict=True)
+    return torch.tensor(segments, dtype=torch.int32), torch.tensor(merged_sizes)
+
+
+def _matched_image(features, sizes, tokens, prefix, rounds):
+    clusters = [([place], sizes[place], features[place]) for place in range(prefix, len(features))]
+    for count in merges_by_round(len(clusters), tokens - prefix, rounds):
+        sources, targets = clusters[::2], clusters[1::2]
+        proposals = []
+        for source, (_, n, f) in enumerate(sources):
+            costs = [n * m / (n + m) * (f - g).square().sum().item() for _, m, g in targets] or [math.inf]
+            costs = [math.inf if math.isnan(cost) else cost for cost in costs]
+            proposals.append((min(costs), source, costs.index(min(costs))))
+        merging = {source: target for _, source, target in sorted(proposals)[:count]}
+        clusters = [cluster for source, cluster in enumerate(sources) if source not in merging]
+        for place, target in enumerate(targets):
+            members = [target, *(sources[source] for source, into in merging.items() if into == place)]
+            total = sum(n for _, n, _ in members)
+            mean = sum(n * f for _, n, f in members) / total
+            clusters.append(([place for places, _, _ in members for place in places], total, mean))
+    segments = list(range(len(features)))
+    for index, (places, _, _) in enumerate(clusters):
+        for place in places:
+            segments[place] = prefix + index
+    return segments, sizes[:prefix] + [total for _, total, _ in clusters]
 
 
 def packed_qkv(batch, heads, tokens, width, dtype=torch.float64):

@@ -4,39 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers import matched_one_by_one
 
 from pm_kernels import match, match_tokens, merge_segments
 from pm_kernels.reference import merges_by_round
-
-
-def matched_one_by_one(features, sizes, tokens, prefix, rounds):
-    """Segments (B, N) and sizes (B, C), by the words of the definition."""
-    found = [_of_image(*image, tokens, prefix, rounds) for image in zip(features.double(), sizes.tolist(), strict=True)]
-    segments, merged_sizes = zip(*found, strict=True)
-    return torch.tensor(segments, dtype=torch.int32), torch.tensor(merged_sizes)
-
-
-def _of_image(features, sizes, tokens, prefix, rounds):
-    clusters = [([place], sizes[place], features[place]) for place in range(prefix, len(features))]
-    for count in merges_by_round(len(clusters), tokens - prefix, rounds):
-        sources, targets = clusters[::2], clusters[1::2]
-        proposals = []
-        for source, (_, n, f) in enumerate(sources):
-            costs = [n * m / (n + m) * (f - g).square().sum().item() for _, m, g in targets] or [math.inf]
-            costs = [math.inf if math.isnan(cost) else cost for cost in costs]
-            proposals.append((min(costs), source, costs.index(min(costs))))
-        merging = {source: target for _, source, target in sorted(proposals)[:count]}
-        clusters = [cluster for source, cluster in enumerate(sources) if source not in merging]
-        for place, target in enumerate(targets):
-            members = [target, *(sources[source] for source, into in merging.items() if into == place)]
-            total = sum(n for _, n, _ in members)
-            mean = sum(n * f for _, n, f in members) / total
-            clusters.append(([place for places, _, _ in members for place in places], total, mean))
-    segments = list(range(len(features)))
-    for index, (places, _, _) in enumerate(clusters):
-        for place in places:
-            segments[place] = prefix + index
-    return segments, sizes[:prefix] + [total for _, total, _ in clusters]
 
 
 @pytest.mark.parametrize(
