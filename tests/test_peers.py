@@ -15,6 +15,12 @@ def model():
     return small_vit(depth=4)
 
 
+def pairs_of(matching, image):
+    """(place of the token that merges, place of the token that takes it in) of one image."""
+    merged, receiving = matching.merged[image, :, 0].tolist(), matching.receiving[image, :, 0].tolist()
+    return {(i, receiving[j]) for i, j in zip(merged, matching.targets[image, :, 0].tolist(), strict=True)}
+
+
 @pytest.mark.parametrize("tokens", [2, 3, 12, 17])
 def test_matching_is_the_most_similar_pairs(tokens):
     """Each token at an even place but the first with its most similar one at an odd place; the r best pairs merge."""
@@ -29,12 +35,12 @@ def test_matching_is_the_most_similar_pairs(tokens):
                     for j in range(1, tokens, 2)
                 ]
                 best = max(range(len(similarities)), key=similarities.__getitem__)
-                pairs.append((similarities[best], i // 2, best))
+                pairs.append((similarities[best], i, 2 * best + 1))
             expected = {(i, j) for _, i, j in sorted(pairs, reverse=True)[:r]}
-            merged, targets = matching.merged[image, :, 0].tolist(), matching.targets[image, :, 0].tolist()
-            assert set(zip(merged, targets, strict=True)) == expected
-            every = set(range(len(range(0, tokens, 2))))
-            assert matching.kept[image, :, 0].tolist() == sorted(every - set(merged))
+            assert pairs_of(matching, image) == expected
+            assert matching.receiving[image, :, 0].tolist() == list(range(1, tokens, 2))
+            merged = {i for i, _ in expected}
+            assert matching.kept[image, :, 0].tolist() == [i for i in range(0, tokens, 2) if i not in merged]
 
 
 def test_merged_tokens_are_the_means_of_their_members():
