@@ -78,24 +78,33 @@ def match_groups(metric: Tensor, sources: Tensor, receiving: Tensor, r: int) -> 
     return Matching(*(places.unsqueeze(-1) for places in chosen))
 
 
-def match_energetic(metric: Tensor, r: int, margin: float) -> Matching:
-    """PiToMe (arXiv 2405.16148): the 2 r patches of the highest energy merge in pairs, all others are protected.
+def by_energy(metric: Tensor, margin: float) -> Tensor:
+    """The places of the patches (B, N - 1) in the order of falling energy (PiToMe, arXiv 2405.16148).
 
     A patch's energy is the mean over all patches of f(cosine similarity), with f(s) = s from ``margin`` up, and
-    exp(s - margin) - 1 below: high where many are like it. Of those 2 r in the order of energy every second one takes
-    in whichever of the others is most like it. metric (B, N, d), the first token a class token.
+    exp(s - margin) - 1 below: high where many are like it. metric (B, N, d), the first token a class token.
     """
-    normed = F.normalize(metric, dim=-1)
-    similarity = normed[:, 1:] @ normed[:, 1:].mT
+    normed = F.normalize(metric[:, 1:], dim=-1)
+    similarity = normed @ normed.mT
     energy = torch.where(similarity >= margin, similarity, (similarity - margin).exp() - 1).mean(dim=-1)
-    order = energy.argsort(dim=-1, descending=True)
-    sources, receiving = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2]
-    pairs = similarity.gather(1, sources.unsqueeze(-1).expand(-1, -1, similarity.shape[-1]))
-    pairs = pairs.gather(2, receiving.unsqueeze(1).expand(-1, r, -1))
-    protected = order[:, 2 * r :].sort(dim=-1).values + 1
-    kept = torch.cat([torch.zeros_like(protected[:, :1]), protected], dim=1)
-    chosen = kept, receiving + 1, sources + 1, pairs.argmax(dim=-1)
-    return Matching(*(places.unsqueeze(-1) for places in chosen))
+    return energy.argsort(dim=-1, descending=True) + 1
+
+
+def match_energetic(metric: Tensor, r: int, margin: float) -> Matching:
+    """PiToMe: the 2 r patches of the highest energy merge in pairs, all others are protected.
+
+    In the order of energy every second one takes in whichever of the others is most like it.
+    """
+    order = by_energy(metric, margin)
+    matching = match_groups(metric, order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], r)
+    others = F.pad(order[:, 2 * r :].sort(dim=-1).values, (1, 0))  # the class token before them
+    return matching._replace(kept=others.unsqueeze(-1))
+
+
+def match_by_rank(metric: Tensor, r: int, margin: float) -> Matching:
+    """PiToMe's other form, in the authors' code: all patches take part, every second one of the order by energy."""
+    order = by_energy(metric, margin)
+    return match_groups(metric, F.pad(order[:, ::2], (1, 0)), order[:, 1::2], r)
 
 
 def match_by_size(metric: Tensor, sizes: Tensor, r: int) -> Matching:
@@ -108,7 +117,7 @@ def match_by_size(metric: Tensor, sizes: Tensor, r: int) -> Matching:
     order = (2 * sizes[:, 1:] + alternating).argsort(dim=-1, stable=True) + 1
     small = order[:, : patches // 2].sort(dim=-1).values
     large = order[:, patches // 2 :].sort(dim=-1).values
-    return match_groups(metric, torch.cat([torch.zeros_like(small[:, :1]), small], dim=1), large, r)
+    return match_groups(metric, F.pad(small, (1, 0)), large, r)
 
 
 def match_windows(x: Tensor, windows: Tensor, count: int) -> Matching:
@@ -252,8 +261,8 @@ class LocalMergeBlocks(nn.Module):
         middle = len(self.blocks) // 2
         for block in self.blocks[1:middle]:
             tokens.x = block(tokens.x)
-        if self.later:
-            tokens.merge(match(tokens.x, self.later))
+        if later := min(self.later, (tokens.x.shape[1] - 1) // 2):
+            tokens.merge(match(tokens.x, later))
         for block in self.blocks[max(1, middle) :]:
             tokens.x = block(tokens.x)
         return tokens.full_map()
@@ -319,13 +328,19 @@ def tome(model: VisionTransformer, r: int, full_map: bool = False) -> VisionTran
     return _with_blocks(model, lambda blocks: MergingBlocks(blocks, [matching] * len(blocks), full_map))
 
 
-def pitome(model: VisionTransformer, keep_rate: float, full_map: bool = False) -> VisionTransformer:
-    """PiToMe: every block keeps this share of its patches; the margin falls from 0.9 in the first to 0."""
+def pitome(
+    model: VisionTransformer, keep_rate: float, full_map: bool = False, protect: bool = True
+) -> VisionTransformer:
+    """PiToMe: every block keeps this share of its patches; the margin falls from 0.9 in the first to 0.
+
+    ``protect`` as the paper's algorithm has it: patches of low energy never merge.
+    """
+    matching_of = match_energetic if protect else match_by_rank
 
     def matching(keys: Tensor, _: Tensor, margin: float) -> Matching | None:
         patches = keys.shape[1] - 1
         count = min(int(patches - patches * keep_rate), patches // 2)
-        return match_energetic(keys, count, margin) if count > 0 else None
+        return matching_of(keys, count, margin) if count > 0 else None
 
     depth = len(model.blocks)
     matchings = [partial(matching, margin=0.9 - 0.9 * block / depth) for block in range(depth)]
@@ -333,7 +348,7 @@ def pitome(model: VisionTransformer, keep_rate: float, full_map: bool = False) -
 
 
 def atm(model: VisionTransformer, r: int, full_map: bool = False) -> VisionTransformer:
-    """ATM (arXiv 2505.15160) at fixed counts: ToMe that minds sizes in the last blocks, here the last third of them.
+    """ATM (arXiv 2505.15160) at fixed counts: ToMe that minds sizes in the last blocks, here the last sixth of them.
 
     The paper adapts the counts to each batch by a threshold for each layer, which is left out: the comparison is at
     equal GMACs.
@@ -346,7 +361,7 @@ def atm(model: VisionTransformer, r: int, full_map: bool = False) -> VisionTrans
         return match_by_size(keys, sizes, count) if by_size else match(keys, count)
 
     depth = len(model.blocks)
-    matchings = [partial(matching, by_size=3 * block >= 2 * depth) for block in range(depth)]
+    matchings = [partial(matching, by_size=6 * block >= 5 * depth) for block in range(depth)]
     return _with_blocks(model, lambda blocks: MergingBlocks(blocks, matchings, full_map))
 
 

@@ -32,12 +32,25 @@ from .pretrained import MEAN, STD, Saliency
 from .runs import CARRYING, PRUNE_RATE
 
 SHARES = (0.62, 0.7, 0.8)  # of the GMACs of the dense model's blocks
-# Where ours are static, and the peers. EViT, DynamicViT and others that drop tokens have no value for them in a dense
-# map, so they are not here.
-METHODS = (
-    "prune_and_merge", "merge_and_carry", "static_stage", "tome", "pitome", "atm", "local_merge", "algm",
-)  # fmt: skip
-STAGE_OF_AVERAGES = {"prune_rate": 0.0, "row_weights": "average", "segments": "nearest"}
+# Arguments of CompressionPlan.from_scores and of compress; ``static_stage`` is one stage of averages from block 2 on.
+STATIC = {
+    "prune_and_merge": {"plan": {"prune_rate": PRUNE_RATE}, "compress": {}},
+    "merge_and_carry": CARRYING,
+    "static_stage": {
+        "plan": {"prune_rate": 0.0, "row_weights": "average", "segments": "nearest"},
+        "compress": {"size_bias": True},
+    },
+}
+# EViT, DynamicViT and others that drop tokens have no value for them in a dense map, so they are not here.
+PEERS = {
+    "tome": partial(tome, full_map=True),
+    "pitome": partial(pitome, full_map=True),
+    "pitome_by_rank": partial(pitome, full_map=True, protect=False),
+    "atm": partial(atm, full_map=True),
+    "local_merge": local_merge,
+    "algm": lambda encoder, count: local_merge(encoder, count, later=3 * count),  # as many again
+}
+METHODS = (*STATIC, *PEERS)
 THRESHOLD = 0.5
 BATCH = 8
 
@@ -138,14 +151,13 @@ class Fidelity:
         encoder, setting = self.match(run)
         maps = self.maps(encoder)
         blocks = self.gmacs(encoder)
-        split = [compare(*pair)["iou"] for pair in zip(
-            maps.split(list(self.counts.values())), self.dense_maps.split(list(self.counts.values())), strict=True
-        )]  # fmt: skip
+        counts = list(self.counts.values())
+        of_each = zip(self.counts, maps.split(counts), self.dense_maps.split(counts), strict=True)
         record = {
             **asdict(run),
             "setting": setting,
             **compare(maps, self.dense_maps),
-            "iou_by_data": dict(zip(self.counts, split, strict=True)),
+            "iou_by_data": {data: compare(*pair)["iou"] for data, *pair in of_each},
             "blocks_gmacs": blocks,
             "blocks_share": blocks / self._blocks,
             "gmacs": blocks + self._around + self._decoder,
@@ -160,15 +172,16 @@ class Fidelity:
         if run.method in ("dense", "adaptive"):
             return self.build(run, None), None
         patches = self.encoder.patch_embed.num_patches
-        settings = {
-            "tome": list(range(1, 2 * patches // len(self.encoder.blocks))),
-            "pitome": [thousandths / 1000 for thousandths in range(600, 1000)],
-            "local_merge": list(range(1, patches // 4 + 1)),
-        }
-        settings |= {"atm": settings["tome"], "algm": settings["local_merge"]}
+        if run.method in ("tome", "atm"):
+            settings = list(range(1, 2 * patches // len(self.encoder.blocks)))
+        elif run.method in ("local_merge", "algm"):
+            settings = list(range(1, patches // 4 + 1))
+        elif run.method in PEERS:
+            settings = [thousandths / 1000 for thousandths in range(600, 1000)]
+        else:
+            settings = [rate for rate in RATES if rate <= 1 - PRUNE_RATE]
         wanted = run.share * self._blocks + self._around
-        make = partial(self._make, run.method)
-        encoder, setting = matched(make, self.encoder, settings.get(run.method, RATES), wanted)
+        encoder, setting = matched(partial(self._make, run.method), self.encoder, settings, wanted)
         return encoder.eval().to(self.device), setting
 
     def build(self, run: FidelityRun, setting: float | None) -> nn.Module:
@@ -203,25 +216,18 @@ class Fidelity:
         results.write(path, {**describe(self.device), **facts}, records)
 
     def _make(self, method: str, encoder: VisionTransformer, setting: float) -> nn.Module:
-        if method == "algm":
-            return local_merge(encoder, setting, later=3 * setting)
-        if method == "local_merge":
-            return local_merge(encoder, setting)
-        if peer := {"tome": tome, "pitome": pitome, "atm": atm}.get(method):
-            return peer(encoder, setting, full_map=True)
-        arguments = {
-            "prune_and_merge": {"plan": {"prune_rate": min(PRUNE_RATE, 1 - setting)}, "compress": {}},
-            "merge_and_carry": CARRYING,
-            "static_stage": {
-                "plan": STAGE_OF_AVERAGES | {"stages": [(2, len(encoder.blocks) - 1)]},
-                "compress": {"size_bias": True},
-            },
-        }[method]
+        if method in PEERS:
+            return PEERS[method](encoder, setting)
+        stages = {"stages": [(2, len(encoder.blocks) - 1)]} if method == "static_stage" else {}
         plan = CompressionPlan.from_scores(
-            self.scores, encoder.patch_embed.grid_size, setting, num_prefix_tokens=encoder.num_prefix_tokens,
-            **arguments["plan"],
-        )  # fmt: skip
-        return compress(encoder, plan, **arguments["compress"])
+            self.scores,
+            encoder.patch_embed.grid_size,
+            setting,
+            num_prefix_tokens=encoder.num_prefix_tokens,
+            **STATIC[method]["plan"],
+            **stages,
+        )
+        return compress(encoder, plan, **STATIC[method]["compress"])
 
     @torch.inference_mode()
     def _maps(self, encoder: nn.Module, images: Tensor) -> Tensor:
