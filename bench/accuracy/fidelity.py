@@ -18,8 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-import pm_models
-from pm_models import CompressionPlan, compress, score_tokens
+from pm_models import AdaptivePlan, CompressionPlan, compress, score_tokens
 from pm_models.files import write_atomically
 from pm_models.measure import alternate, count_gmacs
 from pm_models.models import input_size
@@ -50,7 +49,7 @@ PEERS = {
     "local_merge": local_merge,
     "algm": lambda encoder, count: local_merge(encoder, count, later=3 * count),  # as many again
 }
-METHODS = (*STATIC, *PEERS)
+METHODS = ("adaptive", *STATIC, *PEERS)
 THRESHOLD = 0.5
 BATCH = 8
 
@@ -169,10 +168,12 @@ class Fidelity:
 
     def match(self, run: FidelityRun) -> tuple[nn.Module, float | None]:
         """The run's encoder, and the setting at which its GMACs come closest to the run's share."""
-        if run.method in ("dense", "adaptive"):
-            return self.build(run, None), None
+        if run.method == "dense":
+            return self.encoder, None
         patches = self.encoder.patch_embed.num_patches
-        if run.method in ("tome", "atm"):
+        if run.method == "adaptive":
+            settings = list(range(len(AdaptivePlan.candidates(self.encoder))))
+        elif run.method in ("tome", "atm"):
             settings = list(range(1, 2 * patches // len(self.encoder.blocks)))
         elif run.method in ("local_merge", "algm"):
             settings = list(range(1, patches // 4 + 1))
@@ -188,9 +189,6 @@ class Fidelity:
         """The run's encoder at a setting that was matched before."""
         if run.method == "dense":
             return self.encoder
-        if run.method == "adaptive":
-            plan = pm_models.AdaptivePlan.for_model(self.encoder, gmacs=run.share)
-            return compress(self.encoder, plan).eval().to(self.device)
         return self._make(run.method, self.encoder, setting).eval().to(self.device)
 
     def measure(self, path: Path, runs: list[FidelityRun], rounds: int = 10) -> None:
@@ -218,6 +216,8 @@ class Fidelity:
     def _make(self, method: str, encoder: VisionTransformer, setting: float) -> nn.Module:
         if method in PEERS:
             return PEERS[method](encoder, setting)
+        if method == "adaptive":
+            return compress(encoder, AdaptivePlan.candidates(encoder)[setting])
         stages = {"stages": [(2, len(encoder.blocks) - 1)]} if method == "static_stage" else {}
         plan = CompressionPlan.from_scores(
             self.scores,
