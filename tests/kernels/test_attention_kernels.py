@@ -83,7 +83,7 @@ def test_heads_of_width_one_in_any_memory(merge_queries):
     compare(qkv, arguments, views=torch.Tensor.unbind)
 
 
-@pytest.mark.parametrize(*pairs(tokens=LENGTHS, batch=(1, 3), heads=(1, 3), gate=SWITCH, key_bias=SWITCH))
+@pytest.mark.parametrize(*pairs(tokens=LENGTHS, batch=(1, 2), heads=(1, 2), gate=SWITCH, key_bias=SWITCH))
 def test_attention(tokens, batch, heads, gate, key_bias):
     _, qkv = packed_qkv(batch, heads, tokens, 16, dtype=torch.float32)
     compare(qkv, arguments_for(batch, heads, tokens, None, gate, key_bias))
