@@ -4,6 +4,7 @@ Property tests try few cases, the same every time; ``pytest -m fuzz`` tries many
 """
 
 import functools
+import gc
 import itertools
 import os
 import sys
@@ -37,6 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if hasattr(getattr(item, "obj", None), "hypothesis"):
             item.obj.hypothesis.inner_test = _counting(item, item.obj.hypothesis.inner_test)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left stays: accelerate asks for many garbage collections, which need not go through it."""
+    gc.freeze()
 
 
 def _counting(item: pytest.Item, test: Callable[..., None]) -> Callable[..., None]:
