@@ -60,7 +60,7 @@ def _tries(config: pytest.Config) -> str:
     return "many" if "fuzz" in config.option.markexpr else "few"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tries(request: pytest.FixtureRequest) -> str:
     """``"few"``, or ``"many"`` for ``-m fuzz``."""
     return _tries(request.config)

@@ -3,6 +3,7 @@
 They are as those of a shell otherwise: with arguments, an environment, an output, an exit status, and killed the same.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -78,6 +79,7 @@ def _run(script: str | None, arguments: Sequence[str], environment: Mapping[str,
         writer.close()
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    gc.freeze()  # as for the tests themselves
     multiprocessing.set_start_method(_METHODS[0], force=True)  # the system's own, for processes that it starts
     if script is None:
         from pm_models.cli import main
