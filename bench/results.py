@@ -19,7 +19,15 @@ def write(path: Path, facts: dict, records: list[dict]) -> None:
     content = {**versions(), **facts, "kernels": kernels_digest(), "records": records}
     content["digest"] = _digest(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(path, written(content).encode())
+
+
+def written(content: dict) -> str:
+    """JSON with a line for each fact and each record."""
+    facts = {name: value for name, value in content.items() if name != "records"}
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
+    records = ",\n".join(map(json.dumps, content["records"]))
+    return "{\n" + ",\n".join(lines) + f',\n"records": [\n{records}\n]\n}}\n'
 
 
 def read(path: Path) -> tuple[dict, str]:

@@ -25,6 +25,16 @@ def test_an_edited_file_is_told_apart(tmp_path):
     assert results.read(path)[1] == results.EDITED
 
 
+def test_a_record_is_a_line_and_the_layout_does_not_count(tmp_path):
+    path, records = tmp_path / "suite.json", [{"kernel": "a", "blocks": {"ROWS": [1, 2]}}, {"kernel": "b"}]
+    results.write(path, {"device": "cpu: x"}, records)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines[-4:-2]] == records
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    content, wrong = results.read(path)
+    assert (content["records"], wrong) == (records, "")
+
+
 FACTS = dict.fromkeys(("device", "threads", "torch", "triton", "timm", "commit", "date"), "x")
 
 
@@ -106,6 +116,8 @@ def test_committed_files_are_as_they_were_written(path):
     content, wrong = results.read(path)
     assert wrong != results.EDITED
     assert content["records"]
+    if path.parent.name == "static":
+        assert path.read_text(encoding="utf-8") == results.written(content)
 
 
 def test_the_report_is_that_of_the_files():
