@@ -121,9 +121,9 @@ def test_a_study_from_training_to_the_report(study, tmp_path, monkeypatch, capsy
     drop = sum(top1[2:4]) / 2 - sum(top1[:2]) / 2
     assert rows[1].endswith(f"| {drop:+.2f} | 2 |")
     assert "size bias" not in report.accuracy_table(content, variants=False)
-    assert "of 3 blocks of width 16 on 16 patches" in report.accuracy_note(content)
-    (plot,) = (plot for plot in report.PLOTS if plot.file == "accuracy.png")
-    plot.draw(content["records"], tmp_path / "accuracy.png")
+    assert "of 3 blocks of width 16 on 16 patches" in report.training_note(report.ACCURACY_NOTE, content)
+    report.ACCURACY_SECTION.pictures[0].save(content["records"], tmp_path)
+    assert (tmp_path / "accuracy.png").is_file()
     assert json.loads(path.read_text())["setting"]["width"] == 16
 
 
@@ -155,7 +155,7 @@ def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
     ]  # fmt: skip
     drop = records["prune_and_merge-keep0.7-seed0"]["miou"] - dense["miou"]
     assert f"| {drop:+.2f} |" in rows[2]
-    assert "of 3 blocks of width 16 on 16 patches" in report.segmentation_note(content)
+    assert "of 3 blocks of width 16 on 16 patches" in report.training_note(report.SEGMENTATION_NOTE, content)
 
 
 def test_the_tiny_segmenter_learns(camvid):
