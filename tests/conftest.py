@@ -31,6 +31,8 @@ settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES"
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(_tries(config))
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "loadgroup"  # what tests of one group share is made in one process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
