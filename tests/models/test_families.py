@@ -70,7 +70,7 @@ FAMILIES = {
 OF_LIBRARIES = [name for name in FAMILIES if name.startswith(("torchvision", "Hugging"))]
 
 
-# A pt2 file is a step on the way to an ONNX file: one of each library and of each kind of positions stands for the rest.
+# A pt2 file is a step on the way to an ONNX file: those of each library and kind of positions stand for the rest.
 EXPORTS = [
     *(pytest.param(family, "onnx", id=family) for family in FAMILIES),
     *(
