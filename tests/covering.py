@@ -23,11 +23,11 @@ def pairs(more: Mapping[str, Sequence] | None = None, **factors: Sequence) -> tu
         missing.difference_update(met[case])
         few.append(case)
     every = itertools.product(*([*values, *(more or {}).get(name, ())] for name, values in factors.items()))
-    rest = set(few).symmetric_difference(every)
-    labels = {case: "-".join(filter(None, map(_label, factors, case))) for case in [*few, *rest]}
+    rest = [case for case in every if case not in few]
     return list(factors), [
-        *(pytest.param(*case, id=labels[case]) for case in few),
-        *(pytest.param(*case, id=labels[case], marks=REST) for case in sorted(rest, key=labels.get)),
+        pytest.param(*case, id="-".join(filter(None, map(_label, factors, case))), marks=marks)
+        for cases, marks in ((few, ()), (rest, REST))
+        for case in cases
     ]
 
 
