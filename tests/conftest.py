@@ -72,3 +72,5 @@ def tries(request: pytest.FixtureRequest) -> str:
 def _seeded():
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # fixtures of a module come before the next test's own

@@ -127,8 +127,7 @@ def test_transition(shape, kind, norm, update, carried):
     compare(kind, arguments_for(options, shape.batch, shape.tokens, shape.width, matrix))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
-@pytest.mark.parametrize("width", [192, 384, 500, 768, 1152, 1664, 2050])
+@pytest.mark.parametrize(*pairs({"width": (384, 768, 1152)}, width=(192, 500, 1664, 2050), kind=("sparse", "dense")))
 def test_widths(width, kind):
     compare(kind, arguments_for("norm+update+carried", 1, 9, width, matrix_of(kind, 7, 9)))
 

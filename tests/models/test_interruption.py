@@ -28,7 +28,7 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
                 Image.fromarray(pixels).save(data / split / name / f"{index}.png")
     command = [
         "train", data, "--model", "vit_tiny_patch16_224", "--img-size", "16",
-        "--model-kwargs", "patch_size=8", "depth=3", "-b", "4", "-j", "0", "--device", "cpu", "--epochs", "8",
+        "--model-kwargs", "patch_size=8", "depth=3", "-b", "4", "-j", "0", "--device", "cpu", "--epochs", "5",
         "--warmup-epochs", "1", "--model-ema", "--recovery-interval", "1", "--output",
     ]  # fmt: skip
 
