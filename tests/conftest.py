@@ -23,7 +23,15 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for each core already
+    os.environ["OMP_NUM_THREADS"] = "1"  # and in processes that tests start
 
+TOGETHER = {  # files whose tests one process runs, by what they share
+    "test_distributed.py": "forked processes",
+    "test_interruption.py": "forked processes",
+    "test_kills.py": "forked processes",
+    "test_resources.py": "compiled kernels",
+    "test_accuracy.py": "studies",
+}
 _OPTIONS = {"deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("few", max_examples=20, derandomize=True, **_OPTIONS)
 settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES", "1000")), **_OPTIONS)
@@ -31,8 +39,20 @@ settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES"
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(_tries(config))
-    if config.getoption("dist", "no") == "load":
-        config.option.dist = "loadgroup"  # what tests of one group share is made in one process
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With ``-n``, one process runs all tests that share what is costly to make, and begins with them."""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TOGETHER.get(nodeid.split("::")[0].split("/")[-1], nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,6 @@ from bench.accuracy.runs import CAMVID, CIFAR10, Run, Setting, classification_ru
 from pm_models import PMVisionTransformer
 from pm_models.measure import count_gmacs
 
-pytestmark = pytest.mark.xdist_group("accuracy")
 TINY = Setting(
     image=16, patch=4, width=16, depth=3, heads=2, batch=8, epochs=3, lr=1e-3, tune_epochs=1, tune_lr=1e-4,
     smaller_images=(12,), score_batches=2,

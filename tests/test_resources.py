@@ -12,7 +12,6 @@ WITHOUT_PRODUCTS = {"gather_forward", "gather_backward", "norm_backward"}
 ROOT = Path(__file__).parents[1]
 REPORT = json.loads((ROOT / "bench" / "results" / "static" / "resources.json").read_text(encoding="utf-8"))
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("resources")
 
 
 def run(*command):

@@ -15,10 +15,7 @@ from processes import launch
 from pm_models import CompressionPlan, Segmenter, load_pretrained, save_pretrained
 from pm_models.cli import main
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch lacks torch.distributed"),
-    pytest.mark.xdist_group("processes"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch lacks torch.distributed")
 SCRIPT = """
 import json, sys
 import torch

@@ -15,7 +15,6 @@ from pm_models import load_pretrained
 KILLS = 2
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
     data = tmp_path / "data"

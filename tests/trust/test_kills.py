@@ -19,7 +19,6 @@ from pm_models.export import load_onnx
 resource = pytest.importorskip("resource", reason="a system without limits for processes")
 pytestmark = [
     pytest.mark.fuzz,
-    pytest.mark.xdist_group("processes"),
     pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught"),
 ]
 KILLS = {"few": 1, "many": 13}  # of each command
