@@ -62,11 +62,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.obj.hypothesis.inner_test = _counting(item, item.obj.hypothesis.inner_test)
 
 
-def pytest_collection_finish() -> None:
-    """What the imports left stays: accelerate asks for many garbage collections, which need not go through it."""
-    gc.freeze()
-
-
 def _counting(item: pytest.Item, test: Callable[..., None]) -> Callable[..., None]:
     tried = itertools.count(1)
 
@@ -86,6 +81,13 @@ def _tries(config: pytest.Config) -> str:
 def tries(request: pytest.FixtureRequest) -> str:
     """``"few"``, or ``"many"`` for ``-m fuzz``."""
     return _tries(request.config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """What is there stays: accelerate asks for many garbage collections, which need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ REST = (pytest.mark.fuzz, pytest.mark.exhaustive)
 _LETTERS = {"batch": "B", "heads": "H", "tokens": "N", "merged": "M", "rows": "M", "width": "d", "family": "sm"}
 
 
-def pairs(more: Mapping[str, Sequence] | None = None, **factors: Sequence) -> tuple[list[str], list]:
+def pairs(more: Mapping[str, Sequence] | None = None, /, **factors: Sequence) -> tuple[list[str], list]:
     """Arguments of ``pytest.mark.parametrize``: few cases, in which any two values of two factors meet.
 
     The other cases of the product are for ``-m fuzz``, and with them those of the values in ``more`` of a factor.
