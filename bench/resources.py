@@ -165,6 +165,15 @@ def tasks(chosen: Iterable[Case]) -> list[tuple[Case, int]]:
     return list(found.values())
 
 
+def largest(found: Iterable[tuple[Case, int]]) -> list[tuple[Case, int]]:
+    """Of each kernel the last launch for each target, with a merge matrix and without: that with most of all."""
+    last = {}
+    for case, index in found:
+        launch = case.launches()[index]
+        last[case.target, case.dtype, launch.kernel.__name__, launch.arguments.get("p_merge") is None] = case, index
+    return list(last.values())
+
+
 def _compiled_in(launch: NamedTuple) -> tuple:
     """What makes a kernel another one for the compiler: its constants, and which pointers are given."""
     given = ((name, value if name.isupper() else value is not None) for name, value in sorted(launch.arguments.items()))
@@ -255,11 +264,11 @@ def _disassembled(cubin: bytes) -> tuple[str, collections.Counter]:
     return usage, collections.Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA|LDL|STL)\b", code))
 
 
-def reports(chosen: Iterable[Case]) -> Iterator[dict]:
-    """:func:`report` of every kernel of these cases, on all processors."""
+def reports(chosen: Iterable[tuple[Case, int]]) -> Iterator[dict]:
+    """:func:`report` of every one of these launches, on all processors."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(mp_context=context, initializer=_without_interpreter) as pool:
-        yield from pool.map(report, tasks(chosen))
+        yield from pool.map(report, chosen)
 
 
 def _without_interpreter() -> None:
@@ -285,12 +294,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--head-width", type=int, nargs="*", default=list(HEAD_WIDTHS), help="of attention")
     parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), help="of tokens that are mixed")
+    parser.add_argument("--largest", action="store_true", help="of each kernel only the largest")
     parser.add_argument("--output", type=Path, default=None, help="write the records to a JSON file")
     chosen = parser.parse_args(arguments)
     print("target, dtype, width, kernel, blocks, options, warps, stages, registers, stack, spills, shared memory, "
           "resident programs, matrix instructions")  # fmt: skip
-    records = []
-    for record in reports(cases(chosen.target, chosen.dtype, chosen.head_width, chosen.width)):
+    records, launches = [], tasks(cases(chosen.target, chosen.dtype, chosen.head_width, chosen.width))
+    for record in reports(largest(launches) if chosen.largest else launches):
         records.append(record)
         print(row(record), flush=True)
     spilled = [record for record in records if record["stack"]]

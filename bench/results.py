@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import statistics
 import tokenize
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from .machine import versions
 FOLDER = Path(__file__).parent / "results"
 EDITED = "edited after it was written"
 OTHER_KERNELS = "measured on other kernels than these"
+MODEL_PEERS = ("dense_autotuned", "dense_eager", "literal", "ideal", "tome", "evit", "dynamicvit", "local_merge")
+_OF_A_MODEL = ("method", "keep_rate", "variant", "gmacs", "speedup", "activation_bytes")
 
 
 def write(path: Path, facts: dict, records: list[dict]) -> None:
@@ -19,7 +22,15 @@ def write(path: Path, facts: dict, records: list[dict]) -> None:
     content = {**versions(), **facts, "kernels": kernels_digest(), "records": records}
     content["digest"] = _digest(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(path, written(content).encode())
+
+
+def written(content: dict) -> str:
+    """JSON with a line for each fact and each record."""
+    facts = {name: value for name, value in content.items() if name != "records"}
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
+    records = ",\n".join(map(json.dumps, content["records"]))
+    return "{\n" + ",\n".join(lines) + f',\n"records": [\n{records}\n]\n}}\n'
 
 
 def read(path: Path) -> tuple[dict, str]:
@@ -28,6 +39,28 @@ def read(path: Path) -> tuple[dict, str]:
     if content.get("digest") != _digest({name: value for name, value in content.items() if name != "digest"}):
         return content, EDITED
     return content, "" if content["kernels"] == kernels_digest() else OTHER_KERNELS
+
+
+def means(records: list[dict], quality: str = "top1") -> dict[str, dict]:
+    """Each model of a study by name, with the means of its seeds after and before fine-tuning; variants last."""
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        parts = [record["method"].replace("_", " ")]
+        parts += [f"{record['keep_rate']:g}"] if record["keep_rate"] else []
+        parts += [f"{record['image']} px"] if record["image"] else []
+        name = " ".join(parts) + (f", {record['variant']}" if record["variant"] else "")
+        groups.setdefault(name, []).append(record)
+    ordered = sorted(groups.items(), key=lambda item: bool(item[1][0]["variant"]))
+    return {
+        name: {
+            **{key: found[0][key] for key in _OF_A_MODEL if key in found[0]},
+            "name": name,
+            "quality": statistics.mean(record[quality] for record in found),
+            "before": statistics.mean(record[f"{quality}_before"] for record in found),
+            "seeds": len(found),
+        }
+        for name, found in ordered
+    }
 
 
 def kernels_digest() -> str:

@@ -25,6 +25,16 @@ def test_an_edited_file_is_told_apart(tmp_path):
     assert results.read(path)[1] == results.EDITED
 
 
+def test_a_record_is_a_line_and_the_layout_does_not_count(tmp_path):
+    path, records = tmp_path / "suite.json", [{"kernel": "a", "blocks": {"ROWS": [1, 2]}}, {"kernel": "b"}]
+    results.write(path, {"device": "cpu: x"}, records)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines[-4:-2]] == records
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    content, wrong = results.read(path)
+    assert (content["records"], wrong) == (records, "")
+
+
 FACTS = dict.fromkeys(("device", "threads", "torch", "triton", "timm", "commit", "date"), "x")
 
 
@@ -81,7 +91,7 @@ def test_the_readme_sums_up_what_was_tried(tmp_path):
     records = trust.joined(tmp_path / "cpu" / "trust.json", [*cases, versions])
     results.write(tmp_path / "cpu" / "trust.json", {"device": "cpu: x", "threads": 1}, records)
     results.write(tmp_path / "cpu" / "model.json", {}, [])
-    text = report.trust_block(tmp_path)
+    text = report.TRUST_SECTION.readme(tmp_path)
     assert "| random inputs of the kernels, against float64 | 2,000 | no |" in text
     assert "| test_kills | 1,000 | yes |" in text
     assert "| the tests on torch 2.11.0 | 2,000 | yes |" in text
@@ -106,20 +116,25 @@ def test_committed_files_are_as_they_were_written(path):
     content, wrong = results.read(path)
     assert wrong != results.EDITED
     assert content["records"]
+    if path.parent.name == "static":
+        assert path.read_text(encoding="utf-8") == results.written(content)
 
 
 def test_the_report_is_that_of_the_files():
     assert (results.FOLDER / "README.md").read_text(encoding="utf-8") == report.whole_report(results.FOLDER) + "\n"
     for device in report.devices():
-        for plot in report.PLOTS:
-            assert (device / plot.file).exists() == (device / f"{plot.suite}.json").exists()
+        for section in report.SECTIONS:
+            for picture in section.pictures:
+                assert (device / picture.file).exists() == (device / section.file).exists()
 
 
 def test_plots_are_drawn(tmp_path):
-    for plot in report.PLOTS:
-        records = json.loads((results.FOLDER / "cpu" / f"{plot.suite}.json").read_text())["records"]
-        plot.draw(records, tmp_path / plot.file)
-        assert (tmp_path / plot.file).read_bytes().startswith(b"\x89PNG")
+    drawn = [(section, picture) for section in report.SECTIONS for picture in section.pictures if picture.draw]
+    assert len(drawn) == 6
+    for section, picture in drawn:
+        records = json.loads((results.FOLDER / "cpu" / section.file).read_text())["records"]
+        picture.save(records, tmp_path)
+        assert (tmp_path / picture.file).read_bytes().startswith(b"\x89PNG")
 
 
 STAND_IN = """#!/usr/bin/env bash

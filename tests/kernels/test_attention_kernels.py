@@ -1,9 +1,10 @@
 """The Triton kernels of fused_merge_attention against float64, on a GPU or in Triton's interpreter."""
 
-import itertools
+import collections
 
 import pytest
 import torch
+from covering import pairs
 from helpers import ON_KERNELS, attention_written_out, packed_qkv, skip_without_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,12 +19,12 @@ pytestmark = ON_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1, 7, 16, 17, 118, 129, 197, 257)
-OPTIONS = ("", "gate", "key_bias", "gate+key_bias")
-BATCHES = ((1, 1), (3, 3), (1, 3), (3, 1))
+SWITCH = (False, True)
+Lengths = collections.namedtuple("Lengths", "tokens merged", defaults=[None])
 HOPPER = Device(family=90, multiprocessors=132, shared=227 * 1024)
 
 
-def arguments_for(batch, heads, tokens, merged, options, merge_queries=True):
+def arguments_for(batch, heads, tokens, merged, gate=False, key_bias=False, merge_queries=True):
     """Optional inputs in float32, each of another shape that broadcasts; the merge matrix has rows of zeros."""
     keys = tokens if merged is None else merged
     arguments = {"merge_queries": merge_queries}
@@ -31,9 +32,9 @@ def arguments_for(batch, heads, tokens, merged, options, merge_queries=True):
         merge = torch.randn(merged, tokens) / tokens**0.5
         merge[::5] *= torch.arange(len(merge[::5])).eq(0).logical_not().unsqueeze(1)  # the first row, and no other
         arguments["merge"] = merge
-    if "gate" in options:
+    if gate:
         arguments["gate"] = torch.randn(batch, 1, keys) if keys % 2 else torch.randn(keys)
-    if "key_bias" in options:
+    if key_bias:
         arguments["key_bias"] = torch.randn(keys) if keys % 2 else torch.randn(heads, keys)
     return arguments
 
@@ -78,47 +79,61 @@ def compare(qkv, arguments, views=unpacked, specification=attention_written_out,
 def test_heads_of_width_one_in_any_memory(merge_queries):
     """Where heads do not lie side by side, they still can be viewed as if they did; their rows are not contiguous."""
     qkv = torch.randn(3, 2, 3, 9, 1)
-    arguments = arguments_for(2, 3, 9, 4, "", merge_queries)
+    arguments = arguments_for(2, 3, 9, 4, merge_queries=merge_queries)
     compare(qkv, arguments, views=torch.Tensor.unbind)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_attention(tokens, options):
-    batch, heads = BATCHES[(LENGTHS.index(tokens) + OPTIONS.index(options)) % 4] if tokens < 190 else (1, 3)
+@pytest.mark.parametrize(*pairs(tokens=LENGTHS, batch=(1, 2), heads=(1, 2), gate=SWITCH, key_bias=SWITCH))
+def test_attention(tokens, batch, heads, gate, key_bias):
     _, qkv = packed_qkv(batch, heads, tokens, 16, dtype=torch.float32)
-    compare(qkv, arguments_for(batch, heads, tokens, None, options))
+    compare(qkv, arguments_for(batch, heads, tokens, None, gate, key_bias))
 
 
-@pytest.mark.parametrize(("tokens", "merged"), list(itertools.product(LENGTHS, LENGTHS)))
-def test_merged_attention(tokens, merged):
-    """To fewer tokens and to more; every third case leaves the queries unmerged."""
-    index = 3 * LENGTHS.index(tokens) + LENGTHS.index(merged)
-    batch, heads = BATCHES[index // 2 % 4] if max(tokens, merged) < 190 else (2, 1)
+@pytest.mark.parametrize(
+    *pairs(
+        {"merged": (7, 16, 129, 197)},
+        tokens=LENGTHS,
+        merged=(1, 17, 118, 257),
+        gate=SWITCH,
+        key_bias=SWITCH,
+        merge_queries=SWITCH,
+    )
+)
+def test_merged_attention(tokens, merged, gate, key_bias, merge_queries):
+    """To fewer tokens and to more."""
+    batch, heads = ((1, 1), (3, 3), (1, 3), (3, 1))[tokens // 2 % 4] if max(tokens, merged) < 190 else (2, 1)
     _, qkv = packed_qkv(batch, heads, tokens, 16, dtype=torch.float32)
-    merge_queries = (index + LENGTHS.index(tokens)) % 3 != 0
-    compare(qkv, arguments_for(batch, heads, tokens, merged, OPTIONS[index % 4], merge_queries))
+    compare(qkv, arguments_for(batch, heads, tokens, merged, gate, key_bias, merge_queries))
 
 
-@pytest.mark.parametrize("width", [1, 20, 32, 64, 80, 96, 128])
-@pytest.mark.parametrize(("tokens", "merged"), [(37, None), (150, None), (37, 70), (300, None)])
-def test_head_widths(width, tokens, merged):
-    _, qkv = packed_qkv(1, 2, tokens, width, dtype=torch.float32)
-    compare(qkv, arguments_for(1, 2, tokens, merged, "gate+key_bias"))
+@pytest.mark.parametrize(
+    *pairs(
+        {"lengths": (Lengths(150),)},
+        width=(1, 20, 32, 64, 80, 96, 128),
+        lengths=(Lengths(37), Lengths(37, 70), Lengths(300)),
+    )
+)
+def test_head_widths(width, lengths):
+    _, qkv = packed_qkv(1, 2, lengths.tokens, width, dtype=torch.float32)
+    compare(qkv, arguments_for(1, 2, *lengths, gate=True, key_bias=True))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the block sizes of its own family")
-@pytest.mark.parametrize("options", ["", "gate+key_bias"], ids=["plain", "gate+key_bias"])
 @pytest.mark.parametrize(
-    ("tokens", "merged"),
-    [(50, None), (118, None), (150, None), (197, None), (197, 40), (197, 118), (130, 150), (50, 197)],
+    *pairs(
+        family=(80, 90, 100),
+        lengths=[
+            *map(Lengths, (50, 118, 150, 197)),
+            *(Lengths(197, 40), Lengths(197, 118), Lengths(130, 150), Lengths(50, 197)),
+        ],
+        extras=SWITCH,
+    )
 )
-@pytest.mark.parametrize("family", [80, 90, 100])
-def test_block_sizes_of_every_family(monkeypatch, family, tokens, merged, options):
+def test_block_sizes_of_every_family(monkeypatch, family, lengths, extras):
     """Heads of 64, which have block sizes of their own on each family of GPUs."""
     monkeypatch.setattr(runtime, "target", lambda tensor: INTERPRETER._replace(family=family))
-    _, qkv = packed_qkv(1, 1, tokens, 64, dtype=torch.float32)
-    compare(qkv, arguments_for(1, 1, tokens, merged, options))
+    _, qkv = packed_qkv(1, 1, lengths.tokens, 64, dtype=torch.float32)
+    compare(qkv, arguments_for(1, 1, *lengths, gate=extras, key_bias=extras))
 
 
 LAYOUTS = {
@@ -135,15 +150,20 @@ LAYOUTS = {
 def test_layouts(layout):
     _, qkv = packed_qkv(2, 3, 40, 16, dtype=torch.float32)
     keys = LAYOUTS[layout](qkv)[1].shape[2]
-    compare(qkv, arguments_for(2, 3, keys, None, "gate+key_bias"), LAYOUTS[layout])
+    compare(qkv, arguments_for(2, 3, keys, None, gate=True, key_bias=True), LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", ["heads-first", "one-batch-for-all", "unaligned", "tokens-first"])
-@pytest.mark.parametrize("tokens", [40, 260])
-def test_layouts_merged(layout, tokens):
-    heads = 3 if tokens < 190 else 1
-    _, qkv = packed_qkv(2, heads, tokens, 16, dtype=torch.float32)
-    compare(qkv, arguments_for(2, heads, tokens, tokens + 1, "gate"), LAYOUTS[layout])
+@pytest.mark.parametrize(
+    *pairs(
+        {"lengths": (Lengths(260, 261),)},
+        layout=("heads-first", "one-batch-for-all", "unaligned", "tokens-first"),
+        lengths=(Lengths(40, 41), Lengths(40, 261)),
+    )
+)
+def test_layouts_merged(layout, lengths):
+    heads = 3 if lengths.merged < 190 else 1
+    _, qkv = packed_qkv(2, heads, lengths.tokens, 16, dtype=torch.float32)
+    compare(qkv, arguments_for(2, heads, *lengths, gate=True), LAYOUTS[layout])
 
 
 UPSTREAMS = {
@@ -173,7 +193,7 @@ def test_half_precision_error_is_that_of_pytorch(dtype, tokens, width, merged):
         pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     _, qkv = packed_qkv(1, 2, tokens, width, dtype=torch.float32)
     qkv = qkv.detach().to(dtype)
-    arguments = arguments_for(1, 2, tokens, merged, "")
+    arguments = arguments_for(1, 2, tokens, merged)
     half = {name: value.to(dtype) if name == "merge" else value for name, value in arguments.items()}
     exact = on("cpu", half, torch.float64)
     upstream = torch.randn(1, 2, merged or tokens, width).to(dtype)
@@ -232,7 +252,7 @@ def test_large_logits():
 @pytest.mark.parametrize("merged", [None, 3])
 def test_empty_batch(merged):
     qkv = torch.randn(0, 5, 3, 2, 16, device=DEVICE, requires_grad=True)
-    arguments = on(DEVICE, arguments_for(1, 2, 5, merged, ""))
+    arguments = on(DEVICE, arguments_for(1, 2, 5, merged))
     out = kernel(*unpacked(qkv), **arguments)
     assert out.shape == (0, 2, merged or 5, 16)
     out.sum().backward()
@@ -268,7 +288,7 @@ def test_double_backward_is_refused(packed):
 @pytest.mark.parametrize("packed", [True, False])
 def test_compiles_without_breaks(packed):
     qkv = torch.randn(2, 9, 3, 2, 16, device=DEVICE, requires_grad=True)
-    arguments = on(DEVICE, arguments_for(2, 2, 9, 5, "gate+key_bias"))
+    arguments = on(DEVICE, arguments_for(2, 2, 9, 5, gate=True, key_bias=True))
     upstream = torch.randn(2, 2, 5, 16, device=DEVICE)
 
     def attend(qkv, **arguments):
@@ -296,7 +316,8 @@ def test_exports_as_one_node():
     torch.testing.assert_close(program.module()(more), reference.fused_merge_attention(*unpacked(more)))
 
 
-OPCHECKS = [(4, 4, None, True), (9, 9, 5, True), (9, 9, 5, False), (3, 9, None, True)]
+Call = collections.namedtuple("Call", "queries tokens merged merge_queries", defaults=[None, True])
+OPCHECKS = [Call(4, 4), Call(9, 9, 5), Call(9, 9, 5, False), Call(3, 9)]
 
 
 class Operators(torch.utils._python_dispatch.TorchDispatchMode):
@@ -316,7 +337,7 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
 def test_packed_gradients_are_not_copied(merged, merge_queries):
     _, qkv = packed_qkv(2, 2, 19, 16, dtype=torch.float32)
     qkv = qkv.detach().to(DEVICE).requires_grad_()
-    arguments = on(DEVICE, arguments_for(2, 2, 19, merged, "gate+key_bias", merge_queries))
+    arguments = on(DEVICE, arguments_for(2, 2, 19, merged, True, True, merge_queries))
     expected = run(kernel, qkv, unpacked, arguments, torch.ones((), device=DEVICE).expand(2, 2, 19, 16)
                    if merged is None or not merge_queries else torch.ones(2, 2, 7, 16, device=DEVICE))  # fmt: skip
     with backend("triton"):
@@ -331,16 +352,14 @@ def test_packed_gradients_are_not_copied(merged, merge_queries):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("queries", "tokens", "merged", "merge_queries"), OPCHECKS)
-def test_operators_are_registered_soundly(queries, tokens, merged, merge_queries, dtype, packed):
-    if packed and queries != tokens:
-        pytest.skip("a packed projection has as many queries as keys")
+@pytest.mark.parametrize(*pairs(case=OPCHECKS, dtype=(torch.float32, torch.float16), packed=SWITCH))
+def test_operators_are_registered_soundly(case, dtype, packed):
+    queries, tokens, merged, merge_queries = case
+    queries = tokens if packed else queries
     qkv = torch.randn(2, tokens, 3, 2, 16, dtype=dtype, requires_grad=True)
     q, k, v = (x.detach().requires_grad_() for x in unpacked(qkv))
     q = q.detach()[:, :, :queries].requires_grad_()
-    options = arguments_for(2, 2, tokens, merged, "gate+key_bias")
+    options = arguments_for(2, 2, tokens, merged, gate=True, key_bias=True)
     merge = None if merged is None else options["merge"].to(dtype).requires_grad_()
     gate, key_bias = (options[name].requires_grad_() for name in ("gate", "key_bias"))
     heads = (qkv.detach().requires_grad_(), None, None) if packed else (q, k, v)

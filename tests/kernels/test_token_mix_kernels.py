@@ -1,7 +1,10 @@
 """The Triton kernels of the token mixes against float64, on a GPU or in Triton's interpreter."""
 
+import collections
+
 import pytest
 import torch
+from covering import pairs
 from helpers import ON_KERNELS, skip_without_kernels, transition_written_out
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +28,7 @@ pytestmark = ON_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("sparse", "sparse-unordered", "dense")
-OPTIONS = ("", "norm", "update", "carried", "norm+update+carried")
+SWITCH = (False, True)
 EPS = 1e-6
 
 
@@ -103,18 +106,28 @@ def matrix_gradient_held(kind, matrix):
     return matrix != 0 if kind.startswith("sparse") else torch.ones_like(matrix, dtype=torch.bool)
 
 
-SHAPES = [(1, 1, 1, 1), (2, 17, 5, 7), (1, 5, 17, 33), (1, 1, 9, 4), (3, 9, 1, 20), (1, 131, 67, 48), (2, 37, 129, 96)]
+Shape = collections.namedtuple("Shape", "batch tokens rows width")
+SHAPES = [
+    Shape(1, 1, 1, 1),
+    Shape(2, 17, 5, 7),
+    Shape(1, 5, 17, 33),
+    Shape(1, 1, 9, 4),
+    Shape(3, 9, 1, 20),
+    Shape(1, 131, 67, 48),
+    Shape(1, 37, 129, 96),
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batch", "tokens", "rows", "width"), SHAPES)
-def test_transition(batch, tokens, rows, width, kind, options):
-    compare(kind, arguments_for(options, batch, tokens, width, matrix_of(kind, rows, tokens)))
+@pytest.mark.parametrize(
+    *pairs({"shape": [Shape(2, 37, 129, 96)]}, shape=SHAPES, kind=KINDS, norm=SWITCH, update=SWITCH, carried=SWITCH)
+)
+def test_transition(shape, kind, norm, update, carried):
+    options = [name for name, given in {"norm": norm, "update": update, "carried": carried}.items() if given]
+    matrix = matrix_of(kind, shape.rows, shape.tokens)
+    compare(kind, arguments_for(options, shape.batch, shape.tokens, shape.width, matrix))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
-@pytest.mark.parametrize("width", [192, 384, 500, 768, 1152, 1664, 2050])
+@pytest.mark.parametrize(*pairs({"width": (384, 768, 1152)}, width=(192, 500, 1664, 2050), kind=("sparse", "dense")))
 def test_widths(width, kind):
     compare(kind, arguments_for("norm+update+carried", 1, 9, width, matrix_of(kind, 7, 9)))
 
@@ -402,11 +415,9 @@ def operator_arguments(kind, options, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("options", ["", "norm+update+carried"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_operators_are_registered_soundly(kind, options, dtype):
-    inputs = operator_arguments(kind, options, dtype)
+@pytest.mark.parametrize(*pairs(kind=KINDS, extras=SWITCH, dtype=(torch.float32, torch.float16)))
+def test_operators_are_registered_soundly(kind, extras, dtype):
+    inputs = operator_arguments(kind, "norm+update+carried" if extras else "", dtype)
     torch.library.opcheck(mix, inputs)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     x, _, carried, values = plain[:4]

@@ -25,10 +25,10 @@ from pm_models.models import input_size, tokens_of
 
 
 def adaptive_plan(model, shares=(0.7, 0.6)):
-    """Merges before the second block and the last."""
+    """Merges in the first third and before the last block."""
     grid, depth, prefix = tuple(model.patch_embed.grid_size), len(model.blocks), model.num_prefix_tokens
     patches, merges = grid[0] * grid[1], {}
-    for block, share in zip((1, depth - 1), shares, strict=True):
+    for block, share in zip((depth // 3, depth - 1), shares, strict=True):
         patches = math.ceil(patches * share)
         merges[block] = prefix + patches
     return AdaptivePlan(grid, depth, prefix, merges)

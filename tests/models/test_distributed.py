@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import small_vit
 from PIL import Image
+from processes import launch
 
 from pm_models import CompressionPlan, Segmenter, load_pretrained, save_pretrained
 from pm_models.cli import main
@@ -20,7 +20,6 @@ SCRIPT = """
 import json, sys
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-sys.path[:0] = {paths!r}
 from helpers import plan_for, small_vit
 from pm_models import CompressionPlan, compress, score_tokens
 from pm_models.training import Recipe, classification_task, distillation_task, fit, make_accelerator
@@ -43,13 +42,13 @@ def loader(shuffle):
 
 recipe = Recipe(epochs=2, lr=1e-3)
 results = fit(distillation_task(compressed, model), loader(True), loader(False), recipe, accelerator=accelerator)
-report = {{
+report = {
     "processes": accelerator.num_processes,
     "scores": scores.tolist(),
     "plan": plan.to_dict(),
     "results": [[r.train_loss, r.train_top1, r.top1, r.top5] for r in results],
     "weights": [float(p.detach().double().norm()) for p in compressed.parameters()],
-}}
+}
 if accelerator.is_main_process:
     with open(sys.argv[1], "w") as file:
         json.dump(report, file)
@@ -61,7 +60,6 @@ AUGMENTED = """
 import functools, pathlib, sys
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler
-sys.path[:0] = {paths!r}
 from helpers import small_vit
 from pm_models import Segmenter
 from pm_models.data import make_loader, open_dataset
@@ -100,13 +98,13 @@ def loader(kind, model, workers):
     images = open_dataset(folder / "classes", "train")
     made = make_loader(images, model, batch_size=batch, workers=workers, training=True)
     images = made.dataset
-    return {{
+    return {
         "classes": lambda: made,
         "Subset": lambda: load(Subset(images, range(18)), shuffle=True, num_workers=workers),
         "ConcatDataset": lambda: load(ConcatDataset([Subset(images, range(9)), images]), shuffle=True),
         "weighted sampler": lambda: load(images, sampler=WeightedRandomSampler(torch.arange(20) + 1.0, 20)),
         "batch sampler": lambda: DataLoader(images, batch_sampler=Batches()),
-    }}[kind]()
+    }[kind]()
 
 
 class Stopped(Exception):
@@ -116,10 +114,10 @@ class Stopped(Exception):
 def train(kind, workers=0, stop=None, **mix):
     if kind == "segmentation":
         model = Segmenter(vit(num_classes=0), 3, decoder="linear")
-        task, evaluator = SegmentationTask(model), lambda *_, **__: {{"top1": 0.0}}
+        task, evaluator = SegmentationTask(model), lambda *_, **__: {"top1": 0.0}
     else:
         model = vit(num_classes=2)
-        task, evaluator = classification_task(model), lambda *_, **__: {{"top1": 0.0}}
+        task, evaluator = classification_task(model), lambda *_, **__: {"top1": 0.0}
     steps, seen, shares, recipe = 0, [], [], Recipe(epochs=3, lr=1e-3, opt="sgd", **mix)
 
     def keep(_, inputs):
@@ -131,28 +129,28 @@ def train(kind, workers=0, stop=None, **mix):
         shares.append(accelerator.gather(inputs[1]).unique().tolist())
 
     hook = task.register_forward_pre_hook(keep)
-    state = folder / f"state-{{accelerator.num_processes}}-{{kind}}" if stop else None
+    state = folder / f"state-{accelerator.num_processes}-{kind}" if stop else None
     options = dict(accelerator=accelerator, evaluator=evaluator, state_dir=state, recovery_interval=1)
     try:
         results = fit(task, loader(kind, model, workers), None, recipe, **options)
     except Stopped:
         stop, steps = None, 0
         hook.remove()
-        model.load_state_dict({{name: torch.zeros_like(value) for name, value in model.state_dict().items()}})
+        model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
         task.trainable_module = model
         results = fit(task, loader(kind, model, workers), None, recipe, **options)
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    return {{
+    return {
         "images": torch.stack(seen),
         "shares": torch.tensor([max(0, *(share for share in step if share < 1)) for step in shares]),
         "weights": weights,
         "losses": torch.tensor([[result.train_loss, result.train_top1] for result in results]),
-    }}
+    }
 
 
-report = {{kind: train(kind) for kind in {kinds!r}}}
-report |= {{f"{{kind}}, workers": train(kind, workers=1) for kind in ("classes", "segmentation", "Subset")}}
-report |= {{f"{{kind}}, continued": train(kind, stop=3) for kind in {kinds!r}}}
+report = {kind: train(kind) for kind in sys.argv[3:]}
+report |= {f"{kind}, workers": train(kind, workers=1) for kind in ("classes", "segmentation", "Subset")}
+report |= {f"{kind}, continued": train(kind, stop=3) for kind in sys.argv[3:]}
 report["mixed"] = train("classes", mixup=0.8, cutmix=1.0)
 if accelerator.is_main_process:
     torch.save(report, sys.argv[2])
@@ -165,7 +163,6 @@ SHARDED = """
 import copy, sys
 import torch
 from torch.distributed.fsdp import fully_shard
-sys.path[:0] = {paths!r}
 from helpers import images_for, plan_for, small_vit
 from pm_models import compress
 
@@ -196,29 +193,39 @@ torch.distributed.destroy_process_group()  # whose threads must not outlive the 
 """
 
 
-def launch(processes, *command):
-    """A command under torchrun, where there is no GPU."""
+def run(processes, *arguments, script=None):
+    """What the processes of a group print, each of which has to succeed."""
+    group = launch(processes, *arguments, script=script)
+    texts = [process.communicate(timeout=600) for process in group]
+    assert [process.returncode for process in group] == processes * [0], texts
+    return "".join(out for out, _ in texts)
+
+
+def torchrun(processes, *arguments):
+    """``pm-vit`` under the launcher itself, where there is no GPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        launcher + [str(part) for part in command], env=environment, capture_output=True, text=True, check=False,
-        timeout=600,
+        [*launcher, "-m", "pm_models", *map(str, arguments)], env=environment, capture_output=True, text=True,
+        check=False, timeout=600,
     )  # fmt: skip
 
 
-def run(processes, *command):
-    done = launch(processes, *command)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+@pytest.fixture
+def script(tmp_path):
+    """Writes a script of these lines."""
+
+    def write(text):
+        (tmp_path / "script.py").write_text(text)
+        return str(tmp_path / "script.py")
+
+    return write
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    script = tmp_path / "script.py"
-    root = Path(__file__).parents[2]
-    script.write_text(SCRIPT.format(paths=[str(root / "tests"), str(root)]))
+def test_two_processes_do_what_one_does(tmp_path, script):
     reports = []
     for processes in (1, 2):
-        run(processes, script, tmp_path / f"{processes}.json")
+        run(processes, tmp_path / f"{processes}.json", script=script(SCRIPT))
         reports.append(json.loads((tmp_path / f"{processes}.json").read_text()))
     one, two = reports
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -234,7 +241,6 @@ CONTINUED = """
 import sys
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-sys.path[:0] = {paths!r}
 from helpers import small_vit
 from pm_models.training import Recipe, classification_task, fit, make_accelerator
 
@@ -250,22 +256,18 @@ accelerator.end_training()
 """
 
 
-def test_another_number_of_processes_does_not_continue(tmp_path):
-    script, root = tmp_path / "script.py", Path(__file__).parents[2]
-    script.write_text(CONTINUED.format(paths=[str(root / "tests"), str(root)]))
-    assert "refused" not in run(2, script, tmp_path / "state")
-    assert "continuing after epoch 1 of 1" in run(2, script, tmp_path / "state")
-    (line,) = run(1, script, tmp_path / "state").splitlines()
+def test_another_number_of_processes_does_not_continue(tmp_path, script):
+    script = script(CONTINUED)
+    assert "refused" not in run(2, tmp_path / "state", script=script)
+    assert "continuing after epoch 1 of 1" in run(2, tmp_path / "state", script=script)
+    (line,) = run(1, tmp_path / "state", script=script).splitlines()
     assert line.startswith("refused: ")
     assert line.endswith("(processes 2 -> 1)")
 
 
-def test_weights_shared_out_between_processes(tmp_path):
+def test_weights_shared_out_between_processes(script):
     """Under FSDP: the same gradients, and after a step the same outputs, as one process with all weights."""
-    script = tmp_path / "script.py"
-    root = Path(__file__).parents[2]
-    script.write_text(SHARDED.format(paths=[str(root / "tests"), str(root)]))
-    run(2, script)
+    run(2, script=script(SHARDED))
 
 
 @pytest.fixture(scope="module")
@@ -283,10 +285,10 @@ def augmented(tmp_path_factory):
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(values.byte().numpy()).save(folder / name)
-    script, root = folder / "script.py", Path(__file__).parents[2]
-    script.write_text(AUGMENTED.format(paths=[str(root / "tests"), str(root)], kinds=KINDS))
+    script = folder / "script.py"
+    script.write_text(AUGMENTED)
     for processes in (1, 2):
-        run(processes, script, folder, folder / f"{processes}.pt")
+        run(processes, folder, folder / f"{processes}.pt", *KINDS, script=str(script))
     return [torch.load(folder / f"{processes}.pt") for processes in (1, 2)]
 
 
@@ -334,20 +336,21 @@ def test_the_command_line_on_two_processes(tmp_path):
     common = ["-j", "0", "-b", "2"]
     for processes in (1, 2):
         run(
-            processes, "-m", "pm_models", "compress", tmp_path / "data", "--model", tmp_path / "dense", *common,
+            processes, "compress", tmp_path / "data", "--model", tmp_path / "dense", *common,
             "--output", tmp_path / f"compressed{processes}", "--keep-rate", "0.5", "--prune-rate", "0.2",
             "--score-batches", "5",
         )  # fmt: skip
     one, two = (CompressionPlan.load(tmp_path / f"compressed{processes}" / "plan.json") for processes in (1, 2))
     assert [stage.segments for stage in one.stages] == [stage.segments for stage in two.stages]
     out = run(
-        2, "-m", "pm_models", "finetune", tmp_path / "data", "--model", tmp_path / "compressed2", *common,
+        2, "finetune", tmp_path / "data", "--model", tmp_path / "compressed2", *common,
         "--output", tmp_path / "tuned", "--epochs", "1",
     )  # fmt: skip
     assert out.count("finetune 1/1: loss") == 1
-    out = run(2, "-m", "pm_models", "eval", tmp_path / "data", "--model", tmp_path / "tuned", *common)
-    assert out.count("top-1 ") == 1
-    assert "on 16 images" in out
+    done = torchrun(2, "eval", tmp_path / "data", "--model", tmp_path / "tuned", *common)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("top-1 ") == 1
+    assert "on 16 images" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -370,7 +373,7 @@ def test_other_commands_refuse_several_processes(capsys, monkeypatch, tmp_path, 
 
 
 def test_a_command_that_refuses_several_processes_ends_the_launch(tmp_path):
-    done = launch(2, "-m", "pm_models", "demo", "--output", tmp_path / "out")
+    done = torchrun(2, "demo", "--output", tmp_path / "out")
     assert done.returncode != 0
     assert "pm-vit demo: error: runs in one process, got 2 from the launcher" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -389,11 +392,11 @@ def test_segmentation_on_two_processes(tmp_path):
     common = [tmp_path / "data", "--task", "segmentation", "-j", "0", "-b", "1"]
     for processes in (1, 2):
         run(
-            processes, "-m", "pm_models", "compress", *common, "--model", tmp_path / "dense", "--keep-rate", "0.5",
+            processes, "compress", *common, "--model", tmp_path / "dense", "--keep-rate", "0.5",
             "--prune-rate", "0.2", "--score-batches", "5", "--output", tmp_path / f"compressed{processes}",
         )  # fmt: skip
         run(
-            processes, "-m", "pm_models", "eval", *common, "--model", tmp_path / "compressed1",
+            processes, "eval", *common, "--model", tmp_path / "compressed1",
             "--results-file", tmp_path / f"eval{processes}.json",
         )  # fmt: skip
     one, two = (CompressionPlan.load(tmp_path / f"compressed{processes}" / "plan.json") for processes in (1, 2))
@@ -402,7 +405,7 @@ def test_segmentation_on_two_processes(tmp_path):
     for measure in ("miou", "macc", "aacc", "iou"):
         assert two[measure] == pytest.approx(one[measure], abs=1e-4)
     out = run(
-        2, "-m", "pm_models", "finetune", *common, "--model", tmp_path / "compressed2", "--epochs", "1",
+        2, "finetune", *common, "--model", tmp_path / "compressed2", "--epochs", "1",
         "--output", tmp_path / "tuned",
     )  # fmt: skip
     assert out.count("finetune 1/1: loss") == 1

@@ -44,10 +44,10 @@ def check_is_as_readable_as_others(path):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: compressed(global_pool="avg"),
-        lambda: compressed("deit_tiny_distilled_patch16_224", train_matrices="dense"),
-        lambda: compressed(merge_site="attention"),
-        lambda: Segmenter(compressed(num_classes=0), 5).eval(),
+        lambda: compressed(global_pool="avg", depth=2),
+        lambda: compressed("deit_tiny_distilled_patch16_224", train_matrices="dense", depth=2),
+        lambda: compressed(merge_site="attention", depth=2),
+        lambda: Segmenter(compressed(num_classes=0, depth=2), 5).eval(),
     ],
     ids=["support", "dense", "in attention", "segmenter"],
 )

@@ -1,17 +1,14 @@
 """The command line killed outright, in the middle of anything: what is left continues to the same end."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Started
 
 from pm_models import load_pretrained
 
@@ -29,17 +26,13 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
                 pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(data / split / name / f"{index}.png")
     command = [
-        sys.executable, "-m", "pm_models", "train", str(data), "--model", "vit_tiny_patch16_224", "--img-size", "16",
-        "--model-kwargs", "patch_size=8", "depth=3", "-b", "4", "-j", "0", "--device", "cpu", "--epochs", "8",
+        "train", data, "--model", "vit_tiny_patch16_224", "--img-size", "16",
+        "--model-kwargs", "patch_size=8", "depth=3", "-b", "4", "-j", "0", "--device", "cpu", "--epochs", "5",
         "--warmup-epochs", "1", "--model-ema", "--recovery-interval", "1", "--output",
     ]  # fmt: skip
-    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places)), "OMP_NUM_THREADS": "1"}
 
     def start(name):
-        return subprocess.Popen(
-            [*command, str(tmp_path / name)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return Started(*command, tmp_path / name)
 
     whole = start("whole")
     state, delays = tmp_path / "killed" / "state", random.Random(0)

@@ -1,5 +1,6 @@
 """Losses against formulas, continuing a killed run, evaluation counts, and errors."""
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -9,6 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import pairs
 from helpers import images_for, plan_for, small_vit
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -250,16 +252,23 @@ def test_a_full_disk_ends_the_run_and_keeps_the_state_before(accelerator, tmp_pa
     same_run(results, expected, task, whole)
 
 
-@pytest.mark.parametrize("happened", ["", "while replacing the state", "newest damaged", "progress damaged"])
-@pytest.mark.parametrize(("steps", "interval"), [(7, 0), (7, 2), (8, 1), (5, 1), (1, 2)])
+Stop = collections.namedtuple("Stop", "steps interval")
+MORE = {"model_ema_decay": 0.9, "grad_accum_steps": 2, "mixup": 0.8, "cutmix": 1.0}
+
+
 @pytest.mark.parametrize(
-    "more", [{}, {"model_ema_decay": 0.9, "grad_accum_steps": 2, "mixup": 0.8, "cutmix": 1.0}], ids=["", "more"]
+    *pairs(
+        stop=(Stop(7, 0), Stop(7, 2), Stop(8, 1), Stop(5, 1), Stop(1, 2)),
+        happened=("", "while replacing the state", "newest damaged", "progress damaged"),
+        more=(False, True),
+    )
 )
-def test_a_stopped_run_continues_as_if_it_had_not_been(accelerator, tmp_path, steps, interval, happened, more):
+def test_a_stopped_run_continues_as_if_it_had_not_been(accelerator, tmp_path, stop, happened, more):
     """Three batches an epoch, with random depth, stopped anywhere: the same losses and weights, bit for bit."""
+    steps, interval = stop
     start = small_vit(depth=2, drop_path_rate=0.2)
     data = loaders(start)
-    recipe = Recipe(epochs=4, lr=1e-3, warmup_epochs=1, **more)
+    recipe = Recipe(epochs=4, lr=1e-3, warmup_epochs=1, **(MORE if more else {}))
     whole = classification_task(copy.deepcopy(start))
     expected = fit(whole, *data, recipe, accelerator=accelerator, state_dir=tmp_path / "whole")
     state, old = tmp_path / "state", tmp_path / "state.old"

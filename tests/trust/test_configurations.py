@@ -5,6 +5,7 @@ On a GPU, all of them, for compute-sanitizer too; in Triton's interpreter, which
 
 import pytest
 import torch
+from covering import pairs
 from helpers import ON_KERNELS, skip_without_kernels
 from trust.cases import laid_out
 from trust.exactness import DEVICE, DTYPES, check_attention, check_transition, structure_of
@@ -15,18 +16,21 @@ skip_without_kernels()
 pytestmark = [pytest.mark.fuzz, *ON_KERNELS]
 
 ON_GPU = DEVICE == "cuda"
-MERGES = ("", "tokens", "keys")
 
 
 def guarded(*shape, dtype):
     return laid_out(torch.randn(shape, device=DEVICE).to(dtype), "contiguous")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", HEAD_WIDTHS)
-@pytest.mark.parametrize("tokens", LENGTHS if ON_GPU else LENGTHS[:1])
-@pytest.mark.parametrize("merged", MERGES)
-@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(
+    *pairs(
+        dtype=DTYPES,
+        width=HEAD_WIDTHS,
+        tokens=LENGTHS if ON_GPU else LENGTHS[:1],
+        merged=("", "tokens", "keys"),
+        extras=(False, True),
+    )
+)
 def test_attention(dtype, width, tokens, merged, extras):
     batch, heads, keys = 2, 2, tokens // 2 + 1 if merged else tokens
     arguments = {name: guarded(batch, heads, tokens, width, dtype=dtype) for name in "qkv"}
@@ -38,10 +42,14 @@ def test_attention(dtype, width, tokens, merged, extras):
     check_attention(arguments, [guarded(batch, heads, keys if merged == "tokens" else tokens, width, dtype=dtype)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS if ON_GPU else WIDTHS[:2])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "blocks"])
-@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(
+    *pairs(
+        dtype=DTYPES,
+        width=WIDTHS if ON_GPU else WIDTHS[:2],
+        kind=("dense", "sparse", "blocks"),
+        extras=(False, True),
+    )
+)
 def test_transitions(dtype, width, kind, extras):
     tokens, total, rows = (197, 137, 118) if ON_GPU else (37, 20, 17)
     matrix = torch.randn(total, tokens, device=DEVICE) / tokens**0.5

@@ -1,20 +1,17 @@
 """Commands killed at random moments, or on a full disk: what is left loads or is not there, and they then end well."""
 
 import itertools
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import plan_for, small_vit
 from PIL import Image
+from processes import Started
 
 from pm_models import compress, load_pretrained, save_pretrained
 from pm_models.export import load_onnx
@@ -41,6 +38,7 @@ def place(tmp_path_factory):
     dense = small_vit(img_size=32, patch_size=8, depth=3, num_classes=2)
     save_pretrained(dense, root / "dense")
     save_pretrained(compress(dense, plan_for(dense)), root / "compressed")
+    Started("show", root).communicate()  # the first process waits for what the others have: the imports
     return root
 
 
@@ -57,13 +55,7 @@ COMMANDS = {
 
 
 def start(command, place, output, largest_file=None):
-    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places)), "OMP_NUM_THREADS": "1"}
-    arguments = [argument.format(place) for argument in COMMANDS[command]]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "pm_models", command, *arguments, "--output", str(output)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    run = Started(command, *(argument.format(place) for argument in COMMANDS[command]), "--output", output)
     if largest_file is not None:
         resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (largest_file, largest_file))
     return run
