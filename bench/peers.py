@@ -62,14 +62,19 @@ def match(metric: Tensor, r: int) -> Matching:
     Every token at an even place proposes the token at an odd place that is most like it; the class token, the first,
     proposes none. metric (B, N, d).
     """
+    metric = F.normalize(metric, dim=-1)
     places = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[:2])
-    return match_groups(metric, places[:, ::2], places[:, 1::2], r)
+    return most_alike(metric[:, ::2] @ metric[:, 1::2].mT, places[:, ::2], places[:, 1::2], r)
 
 
 def match_groups(metric: Tensor, sources: Tensor, receiving: Tensor, r: int) -> Matching:
     """Bipartite soft matching of the tokens at places ``sources`` (B, S) to those at ``receiving`` (B, T)."""
     metric = F.normalize(metric, dim=-1)
-    similarity = take(metric, sources) @ take(metric, receiving).mT
+    return most_alike(take(metric, sources) @ take(metric, receiving).mT, sources, receiving, r)
+
+
+def most_alike(similarity: Tensor, sources: Tensor, receiving: Tensor, r: int) -> Matching:
+    """The r best edges of those from each of ``sources`` to its best of ``receiving``: similarity (B, S, T)."""
     similarity = similarity.masked_fill((sources == 0).unsqueeze(-1), -torch.inf)
     best, partner = similarity.max(dim=-1)
     order = best.argsort(dim=-1, descending=True)
