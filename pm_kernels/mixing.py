@@ -50,7 +50,7 @@ class Mix(NamedTuple):
 
     def counts(self) -> tuple[int, int, int]:
         """Rows of the result, of them those in the first tensor, and those with a LayerNorm."""
-        rows = self.matrix.starts.shape[-1] if self.is_sparse() else self.matrix.shape[0]
+        rows = self.matrix.starts.shape[-1] if self.is_sparse() else self.matrix.shape[-2]
         normed = rows if self.normed is None else self.normed
         return rows, rows if self.split is None else self.split, 0 if self.norm is None else normed
 
@@ -79,7 +79,8 @@ class Mix(NamedTuple):
             _check_sparse(x, matrix, tokens)
         else:
             check_tensor("matrix", matrix)
-            if matrix.dim() != 2 or matrix.shape[1] != tokens:
+            by_image = matrix.dim() == 3 and matrix.shape[0] == batch
+            if matrix.dim() != (3 if by_image else 2) or matrix.shape[-1] != tokens:
                 raise ValueError(
                     f"matrix must have shape (M, N) with N = {tokens} ({source}), got {tuple(matrix.shape)}"
                 )
@@ -108,7 +109,9 @@ class Mix(NamedTuple):
 
     def supported(self) -> bool:
         """Whether there are kernels for x's dtype and width."""
-        return self.x.dtype in (torch.float16, torch.bfloat16, torch.float32) and 1 <= self.x.shape[-1] <= WIDEST
+        dtypes = (torch.float16, torch.bfloat16, torch.float32)
+        by_image = not self.is_sparse() and self.matrix.dim() == 3
+        return self.x.dtype in dtypes and 1 <= self.x.shape[-1] <= WIDEST and not by_image
 
     def faster(self) -> bool:
         """Whether the kernels are faster on a GPU than a product by PyTorch: where memory bounds it, not arithmetic."""
@@ -132,7 +135,7 @@ class Mix(NamedTuple):
     def flops(self) -> int:
         """Floating-point operations of the product with the matrix, or with its nonzeros."""
         values = self.matrix.values if self.is_sparse() else self.matrix
-        images = 1 if self.is_sparse() and values.dim() == 2 else self.x.shape[0]
+        images = 1 if values.dim() == (2 if self.is_sparse() else 3) else self.x.shape[0]
         return 2 * images * self.x.shape[2] * values.numel()
 
 
@@ -172,7 +175,8 @@ def token_mix(x: Tensor, matrix: Matrix) -> Tensor:
     Args:
         x: (B, N, D), floating point.
         matrix: (M, N), of x's dtype (under autocast any floating dtype), shared by the batch. Where rows have few
-            nonzeros, :class:`SparseRows` reads no more tokens than it has entries.
+            nonzeros, :class:`SparseRows` reads no more tokens than it has entries. A matrix for each image,
+            (B, M, N), is taken by PyTorch alone.
 
     Returns:
         (B, M, D), differentiable in x and the matrix (its values, where it is sparse).

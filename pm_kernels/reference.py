@@ -230,7 +230,7 @@ def _match_once(features: Tensor, sizes: Tensor, merges: int) -> Tensor:
     source, target = sizes[:, ::2, None], sizes[:, None, 1::2]
     cost = distances * (source * target / (source + target))
     cheapest, partner = cost.masked_fill(cost.isnan(), torch.inf).min(dim=-1)
-    ranks = cheapest.argsort(dim=1, stable=True).argsort(dim=1)
+    ranks = _ranks(cheapest)
     stays = ranks >= merges
     staying = cheapest.shape[1] - merges
     sources = torch.where(stays, stays.cumsum(dim=1) - 1, staying + partner)
@@ -239,13 +239,32 @@ def _match_once(features: Tensor, sizes: Tensor, merges: int) -> Tensor:
     return torch.stack([sources, alternating], dim=2).flatten(1)[:, :count]
 
 
+def _ranks(costs: Tensor) -> Tensor:
+    """Of each of the costs (B, E) in its row, from the lowest on; of equal ones the first is the lower."""
+    if not torch.compiler.is_exporting():
+        return costs.argsort(dim=1, stable=True).argsort(dim=1)
+    place = torch.arange(costs.shape[1], device=costs.device)
+    other, own = costs.unsqueeze(1), costs.unsqueeze(2)
+    return ((other < own) | ((other == own) & (place < place.unsqueeze(1)))).sum(dim=2)
+
+
 def segment_sums(sizes: Tensor, segments: Tensor, tokens: int) -> Tensor:
     """Sums (B, ``tokens``) of sizes (B, N) by segments (B, N) int64."""
+    if torch.compiler.is_exporting():
+        return (memberships(segments, tokens, sizes.dtype) @ sizes.unsqueeze(2)).squeeze(2)
     return sizes.new_zeros(sizes.shape[0], tokens).scatter_add(1, segments, sizes)
 
 
-def means(segments: Tensor, sizes: Tensor, tokens: int, dtype: torch.dtype) -> SparseRows:
+def memberships(segments: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """(B, ``tokens``, N): 1 where a token goes into a merged token. For files, which are to hold no scatter."""
+    return (segments.unsqueeze(1) == torch.arange(tokens, device=segments.device).unsqueeze(1)).to(dtype)
+
+
+def means(segments: Tensor, sizes: Tensor, tokens: int, dtype: torch.dtype) -> Matrix:
     """The matrices (B, ``tokens``, N) of size-weighted means by segments (B, N) int64."""
+    if torch.compiler.is_exporting():
+        weighted = memberships(segments, tokens, sizes.dtype) * sizes.unsqueeze(1)
+        return (weighted / weighted.sum(dim=2, keepdim=True)).to(dtype)
     weights = sizes / segment_sums(sizes, segments, tokens).gather(1, segments)
     ordered, columns = segments.sort(dim=1, stable=True)
     rows = torch.arange(tokens, device=segments.device).expand(len(segments), -1).contiguous()

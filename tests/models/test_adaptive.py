@@ -3,6 +3,7 @@
 import copy
 import math
 
+import onnx
 import pytest
 import timm
 import torch
@@ -16,6 +17,7 @@ from pm_models import (
     CompressionPlan,
     Segmenter,
     compress,
+    export_model,
     load_pretrained,
     save_pretrained,
     score_tokens,
@@ -267,3 +269,14 @@ def test_compiled_without_breaks():
     compiled = torch.compile(model, fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_files(format, tmp_path):
+    """An ONNX file has no scatter, no loop and nothing that depends on the data but numbers."""
+    dense = small_vit(depth=3)
+    exported = export_model(compress(dense, adaptive_plan(dense)), tmp_path / f"model.{format}", format)
+    assert exported.max_error < 1e-4
+    if format == "onnx":
+        kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+        assert not kinds & {"ScatterElements", "ScatterND", "Loop", "If", "NonZero"}
