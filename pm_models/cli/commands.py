@@ -310,7 +310,8 @@ def _save_pictures(task: Task, models: dict[str, Model], eval_set: Dataset, rows
     compression = compression_of(model)
     if compression is None:
         return
-    for index, image in enumerate(task.samples(eval_set, model, _PICTURED_IMAGES), 1):
+    samples = () if compression.adaptive else task.samples(eval_set, model, _PICTURED_IMAGES)
+    for index, image in enumerate(samples, 1):
         save_plan_picture(compression.plan, output / f"plan-{index}.png", image)
     points = {name: (row["images_per_second"], row[task.quality]) for name, row in rows.items()}
     save_accuracy_picture(points, output / "accuracy.png", quality=task.quality_name)

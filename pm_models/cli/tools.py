@@ -65,8 +65,12 @@ def show(options: Show) -> None:
     outputs = [options.output]
     if count > 1:
         outputs = [options.output.with_stem(f"{options.output.stem}-{index + 1}") for index in range(count)]
-    pictures = [_under_plan(path, plan) for path in options.images] or [None]
     print(plan)
+    if isinstance(plan, AdaptivePlan):
+        raise ValueError(
+            f"{options.plan} is an adaptive plan: what merges differs from image to image, so that it has no picture"
+        )
+    pictures = [_under_plan(path, plan) for path in options.images] or [None]
     for output, picture in zip(outputs, pictures, strict=True):
         save_plan_picture(plan, output, picture)
         print(f"picture: {output}")

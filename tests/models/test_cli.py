@@ -14,7 +14,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import pm_models
-from pm_models import CompressionPlan, PMVisionTransformer, Segmenter, load_pretrained, save_pretrained
+from pm_models import (
+    AdaptivePlan,
+    CompressionPlan,
+    PMVisionTransformer,
+    Segmenter,
+    compress,
+    load_pretrained,
+    save_pretrained,
+)
 from pm_models.budget import Fit
 from pm_models.cli import main
 from pm_models.measure import count_gmacs
@@ -190,6 +198,25 @@ def test_finetune_and_eval(capsys, data, compressed, tmp_path):
     assert status == 2
     assert "is fine-tuned already" in err
     assert "--teacher" in err
+
+
+def test_an_adaptive_model_is_tuned_and_measured(capsys, data, dense, tmp_path):
+    model = load_pretrained(dense)
+    plan = AdaptivePlan.for_model(model, gmacs=0.7)
+    save_pretrained(compress(model, plan), tmp_path / "adaptive")
+    arguments = ["--model", tmp_path / "adaptive", *COMMON, "--output", tmp_path / "tuned", "--epochs", "1"]
+    status, out, err = run(capsys, "finetune", data, *arguments)
+    assert status == 0, err
+    assert re.search(r"^finetune +\d", out, re.MULTILINE)
+    tuned = load_pretrained(tmp_path / "tuned")
+    assert tuned.plan == plan
+    assert not torch.equal(tuned.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    status, out, err = run(capsys, "eval", data, "--model", tmp_path / "tuned", *COMMON)
+    assert status == 0, err
+    status, out, err = run(capsys, "show", tmp_path / "tuned", "--output", tmp_path / "plan.png")
+    assert status == 2
+    assert "AdaptivePlan: 4 x 4 patches" in out
+    assert "is an adaptive plan: what merges differs from image to image" in err
 
 
 def test_finetune_compresses_first(capsys, data, dense, tmp_path):
