@@ -144,7 +144,9 @@ class AdaptiveReduction(nn.Module):
         if state.log_sizes is not None:
             bias = state.log_sizes[:, None, None, :]
             # PyTorch's attention takes it in the queries' dtype alone.
-            given["attn_mask"] = bias if isinstance(block.attn, FusedAttention) else bias.to(state.x.dtype)
+            given["attn_mask"] = (
+                bias if isinstance(getattr(block, "attn", None), FusedAttention) else bias.to(state.x.dtype)
+            )
         if rope is not None:
             given["rope"] = self.positions(rope, state.places if state.sizes is not None else None, grid, number)
         return given

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES
 from helpers import images_for, matched_one_by_one, small_vit
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
 from pm_models import (
@@ -125,6 +126,16 @@ def test_a_family(family, tmp_path):
         name = name.replace("blocks.", "blocks.0.blocks.")
         if expected[name].grad is not None:
             torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_blocks_of_other_kinds():
+    """They run whole, on PyTorch's attention, which takes the sizes as a mask."""
+    dense = small_vit(block_fn=ParallelScalingBlock, depth=3)
+    images, model = images_for(dense), compress(dense, adaptive_plan(dense))
+    with torch.inference_mode():
+        features, alone = model.forward_features(images), model.forward_features(images[1:2])
+        assert features.shape == dense.forward_features(images).shape
+        torch.testing.assert_close(alone, features[1:2], rtol=1e-4, atol=1e-5)
 
 
 def test_without_merges_nothing_changes():
