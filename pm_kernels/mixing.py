@@ -345,7 +345,10 @@ def _backward(
     if plan.partial_daffine is not None:
         weight = call.norm[0]
         daffine = (part.to(weight.dtype, copy=True) for part in plan.partial_daffine.sum(0))
-    dmatrix = None if plan.partial_dmatrix is None else plan.partial_dmatrix.sum(0).to(values.dtype)
+    dmatrix = plan.partial_dmatrix
+    if dmatrix is not None:
+        by_image = call.is_sparse() and values.dim() == 2
+        dmatrix = (dmatrix if by_image else dmatrix.sum(0)).to(values.dtype)
     return tuple(given.new_empty(0) if part is None else part for part in (plan.dx, plan.dcarried, dmatrix, *daffine))
 
 

@@ -9,8 +9,8 @@ import triton.language as tl
 
 # Counts are not compiled in: a model whose blocks have different numbers of tokens runs the same few kernels.
 COUNTS = (
-    "rows", "tokens", "entries", "first", "split", "normed", "row_programs", "width_programs", "token_programs",
-    "programs", "items", "batch", "splits", "padded",
+    "rows", "tokens", "entries", "by_image", "first", "split", "normed", "row_programs", "width_programs",
+    "token_programs", "programs", "items", "batch", "splits", "padded",
 )  # fmt: skip
 
 

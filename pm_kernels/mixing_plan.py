@@ -23,7 +23,7 @@ class Backward(NamedTuple):
     launches: list[Launch]
     dx: Tensor | None  # (B, first, D)
     dcarried: Tensor | None
-    partial_dmatrix: Tensor | None  # (parts, entries) or (parts, rows, tokens) float32
+    partial_dmatrix: Tensor | None  # (parts, entries) or (parts, rows, tokens) float32; parts are images where sparse
     partial_daffine: Tensor | None  # (parts, 2, D) float32
 
 
@@ -60,16 +60,14 @@ def plan_forward(
     x, update, carried = map(addressable, call[:3])
     if not call.is_sparse():
         return mix_launch(device, call.matrix, x, carried, y, rest, norm=(*call.norm, normed) if call.norm else None)
-    starts, columns, values, _ = call.matrix
     weight, bias, eps = call.norm or (None, None, 0.0)
     rows, split, count = call.counts()
     width = x.shape[2]
     shape = whole_rows(width, 2048 if x.element_size() == 2 else 1024, x, update, carried, y)
     row_programs = -(-rows // shape["ROWS"])
-    arguments = _mixed(x, update, carried, x.shape[1]) | {
-        "p_starts": starts, "p_columns": columns, "p_values": values, "p_weight": weight, "p_bias": bias, "p_y": y,
-        "p_rest": rest, "p_normed": normed, "rows": rows, "entries": len(columns), "split": split, "normed": count,
-        "row_programs": row_programs, "eps": eps, **shape,
+    arguments = _mixed(x, update, carried, x.shape[1]) | _by_row(call.matrix) | {
+        "p_weight": weight, "p_bias": bias, "p_y": y, "p_rest": rest, "p_normed": normed, "rows": rows,
+        "split": split, "normed": count, "row_programs": row_programs, "eps": eps, **shape,
     }  # fmt: skip
     return Launch(row_kernels.gather_forward, x.shape[0] * row_programs, arguments, _warps(width), stages=1)
 
@@ -106,7 +104,7 @@ def plan_backward(
         dcarried = dy.new_empty(batch, tokens - first, width) if first < tokens else None
     if call.is_sparse():
         if wanted[1]:
-            partial = torch.empty(batch, len(call.matrix.values), dtype=torch.float32, device=dy.device)
+            partial = torch.empty(batch, call.matrix.values.shape[-1], dtype=torch.float32, device=dy.device)
         if wanted[0] or wanted[1]:
             state = (None, None, None) if partial is None else (x, update, carried)
             launches.append(_gather_backward(dy, drest, state, call.matrix, first, tokens, dx, dcarried, partial))
@@ -131,7 +129,7 @@ def _norm_backward(
     """``mixed`` is what a sparse matrix mixes once more, or the mix itself."""
     weight, _, eps = call.norm
     batch, normed, width = dnormed.shape
-    starts, columns, values, _ = call.matrix if call.is_sparse() else (None, None, None, None)
+    matrix = _by_row(call.matrix if call.is_sparse() else SparseRows(None, None, None))
     # As much as stays in registers: of float32, whose loads are wider, 4096 numbers spill on sm_80.
     shape = whole_rows(width, 4096 if dnormed.element_size() == 2 else 3072, *mixed, dnormed, dy)
     row_programs = -(-normed // shape["ROWS"])
@@ -139,11 +137,10 @@ def _norm_backward(
     programs = min(items, 4 * device.multiprocessors)
     dmixed = dnormed.new_empty(batch, normed, width)
     partial = torch.empty(programs, 2, width, dtype=torch.float32, device=dnormed.device) if affine else None
-    arguments = _mixed(*mixed, first) | {
-        "p_starts": starts, "p_columns": columns, "p_values": values, "p_weight": weight, "p_dnormed": dnormed,
-        "p_dy": dy, "p_dmixed": dmixed, "p_partial": partial, "rows": normed if starts is None else len(starts),
-        "entries": 0 if columns is None else len(columns), "normed": normed, "row_programs": row_programs,
-        "items": items, "programs": programs, **_strides("n", dnormed), **_strides("y", dy), "eps": eps, **shape,
+    arguments = _mixed(*mixed, first) | matrix | {
+        "p_weight": weight, "p_dnormed": dnormed, "p_dy": dy, "p_dmixed": dmixed, "p_partial": partial,
+        "rows": call.counts()[0], "normed": normed, "row_programs": row_programs, "items": items, "programs": programs,
+        **_strides("n", dnormed), **_strides("y", dy), "eps": eps, **shape,
     }  # fmt: skip
     return Launch(row_kernels.norm_backward, programs, arguments, warps=8, stages=1), dmixed, partial
 
@@ -160,15 +157,15 @@ def _gather_backward(
     partial: Tensor | None,
 ) -> Launch:
     batch, split, width = dy.shape
-    starts, columns, values, by_column = matrix
-    column_starts, rows, entries = by_column or ByColumn.of(starts, columns, tokens)
+    by_column = matrix.by_column or ByColumn.of(matrix.starts, matrix.columns, tokens)
+    column_starts, rows, entries, values = (x.contiguous() for x in (*by_column, matrix.values))
     shape = whole_rows(width, 2048 if dy.element_size() == 2 else 512, *state, dy, drest)
     row_programs = -(-tokens // shape["ROWS"])
     arguments = _mixed(*state, first) | {
         "p_dy": dy, "p_drest": drest, "p_starts": column_starts, "p_rows": rows, "p_entries": entries,
         "p_values": values, "p_dx": dx, "p_dcarried": dcarried, "p_partial": partial, "tokens": tokens,
-        "entries": len(values), "split": split, "row_programs": row_programs, **_strides("y", dy),
-        **_strides("r", drest), **shape,
+        "entries": values.shape[-1], "by_image": values.dim() - 1, "split": split, "row_programs": row_programs,
+        **_strides("y", dy), **_strides("r", drest), **shape,
     }  # fmt: skip
     return Launch(row_kernels.gather_backward, batch * row_programs, arguments, _warps(width), stages=1)
 
@@ -254,6 +251,13 @@ def aligned(*tensors: Tensor | None) -> bool:
 def _mixed(x: Tensor | None, update: Tensor | None, carried: Tensor | None, first: int) -> dict[str, Any]:
     strides = _strides("x", x) | _strides("u", update) | _strides("c", carried)
     return {"p_x": x, "p_update": update, "p_carried": carried, "first": first} | strides
+
+
+def _by_row(matrix: SparseRows) -> dict[str, Any]:
+    """A matrix by its rows, or None three times, as the kernels address it."""
+    starts, columns, values = (None if x is None else x.contiguous() for x in matrix[:3])
+    entries, by_image = (0, 0) if columns is None else (columns.shape[-1], columns.dim() - 1)
+    return {"p_starts": starts, "p_columns": columns, "p_values": values, "entries": entries, "by_image": by_image}
 
 
 def _warps(width: int) -> int:

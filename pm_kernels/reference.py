@@ -24,7 +24,7 @@ class ByColumn(NamedTuple):
     def of(cls, starts: Tensor, columns: Tensor, tokens: int) -> "ByColumn":
         """That of a matrix with ``tokens`` columns, in its integer type."""
         ordered, entries = torch.sort(columns, stable=True)
-        rows = torch.searchsorted(starts, entries.to(starts.dtype), right=True) - 1
+        rows = torch.searchsorted(starts.contiguous(), entries.to(starts.dtype), right=True) - 1
         places = torch.arange(tokens, device=columns.device, dtype=columns.dtype)
         found = torch.searchsorted(ordered, places.expand(*columns.shape[:-1], -1).contiguous())
         return cls(*(indices.to(columns.dtype) for indices in (found, rows, entries)))

@@ -1,8 +1,8 @@
 """The Triton kernels whose programs hold whole rows: mixes by sparse rows, and the gradient of the LayerNorm.
 
 Names as in the kernels of dense mixes. What is mixed is ``x + update`` (update may be None) and, after its rows,
-``carried``. Rows are tuples of [R, PIECE], as widths are no powers of two; WHOLE says that the PIECES make up the WIDTH
-exactly.
+``carried``. The matrix is one for all images where ``by_image`` is 0, and one for each where it is 1. Rows are tuples
+of [R, PIECE], as widths are no powers of two; WHOLE says that the PIECES make up the WIDTH exactly.
 """
 
 import triton
@@ -141,20 +141,22 @@ def normalise(
 @triton.jit(do_not_specialize=COUNTS)
 def gather_forward(
     p_x, p_update, p_carried, p_starts, p_columns, p_values, p_weight, p_bias, p_y, p_rest, p_normed,
-    rows, entries, first, split, normed, row_programs, stride_xb, stride_xn, stride_ub, stride_un, stride_cb, stride_cn,
-    eps,
+    rows, entries, by_image, first, split, normed, row_programs,
+    stride_xb, stride_xn, stride_ub, stride_un, stride_cb, stride_cn, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Mix tokens by a matrix of few nonzeros, and normalise the first rows: every row is read as often as it is used.
 
     p_x (B, first, WIDTH), p_update the same or None, p_carried (B, any, WIDTH) or None: any strides, rows contiguous
-    p_starts (rows,), p_columns, p_values (entries,); p_weight, p_bias (WIDTH,), or None: nothing is normalised
+    p_starts (rows,), p_columns, p_values (entries,), or (B, ...) by_image
+    p_weight, p_bias (WIDTH,), or None: nothing is normalised
     p_y (B, split, WIDTH), p_rest (B, rows - split, WIDTH) or None, p_normed (B, normed, WIDTH) or None
     """
     # This program computes ROWS rows of one image.
     i_program = tl.program_id(0)
     i_b = (i_program // row_programs).to(tl.int64)
     o_r = i_program % row_programs * ROWS + tl.arange(0, ROWS)
+    i_matrix = i_b * by_image
     p_x += i_b * stride_xb
     p_y += i_b * split * WIDTH
     if p_update is not None:
@@ -164,7 +166,8 @@ def gather_forward(
     if p_rest is not None:
         p_rest += i_b * (rows - split) * WIDTH
     b_ys = gather(
-        p_x, p_update, p_carried, p_starts, p_columns, p_values, o_r, rows, entries, first,
+        p_x, p_update, p_carried, p_starts + i_matrix * rows, p_columns + i_matrix * entries,
+        p_values + i_matrix * entries, o_r, rows, entries, first,
         stride_xn, stride_un, stride_cn, ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
     )  # fmt: skip
     store_pieces(in_parts(p_y, p_rest, o_r, split, WIDTH, WIDTH, ALIGNED), b_ys, o_r < rows, WIDTH, PIECES, WHOLE)
@@ -176,7 +179,7 @@ def gather_forward(
 @triton.jit(do_not_specialize=COUNTS)
 def norm_backward(
     p_x, p_update, p_carried, p_starts, p_columns, p_values, p_weight, p_dnormed, p_dy, p_dmixed, p_partial,
-    rows, entries, first, normed, row_programs, items, programs,
+    rows, entries, by_image, first, normed, row_programs, items, programs,
     stride_xb, stride_xn, stride_ub, stride_un, stride_cb, stride_cn,
     stride_nb, stride_nn, stride_yb, stride_yn, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -204,10 +207,12 @@ def norm_backward(
         if p_starts is None:
             b_ys = load_pieces(p_x + i_b * stride_xb + o_r * stride_xn, m_r, WIDTH, PIECES, WHOLE)
         else:
+            i_matrix = i_b * by_image
             b_ys = gather(
                 p_x + i_b * stride_xb, None if p_update is None else p_update + i_b * stride_ub,
                 None if p_carried is None else p_carried + i_b * stride_cb,
-                p_starts, p_columns, p_values, o_r, rows, entries, first, stride_xn, stride_un, stride_cn,
+                p_starts + i_matrix * rows, p_columns + i_matrix * entries, p_values + i_matrix * entries,
+                o_r, rows, entries, first, stride_xn, stride_un, stride_cn,
                 ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
             )  # fmt: skip
         b_mean, b_rstd = statistics(b_ys, eps, ROWS, WIDTH, PIECES, WHOLE)
@@ -254,14 +259,15 @@ def norm_backward(
 @triton.jit(do_not_specialize=COUNTS)
 def gather_backward(
     p_dy, p_drest, p_starts, p_rows, p_entries, p_values, p_x, p_update, p_carried, p_dx, p_dcarried, p_partial,
-    tokens, entries, split, first, row_programs, stride_yb, stride_yn, stride_rb, stride_rn,
+    tokens, entries, by_image, split, first, row_programs, stride_yb, stride_yn, stride_rb, stride_rn,
     stride_xb, stride_xn, stride_ub, stride_un, stride_cb, stride_cn,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of what was mixed by sparse rows, and of the matrix's values, image by image.
 
     p_dy (B, split, WIDTH), p_drest (B, any, WIDTH) or None, any strides: the gradient of the mix
-    p_starts (tokens,), p_rows, p_entries (entries,): the matrix's entries by column; p_values (entries,) by row
+    p_starts (tokens,), p_rows, p_entries (entries,): the matrix's entries by column; p_values (entries,) by row;
+    or (B, ...) by_image
     p_x (B, first, WIDTH), p_update, p_carried: what was mixed, read where p_partial is asked for
     p_dx (B, first, WIDTH), p_dcarried (B, tokens - first, WIDTH) or None, or p_dx None: not asked for
     p_partial (B, entries) float32 or None: each image's share of the gradient of the values
@@ -271,6 +277,11 @@ def gather_backward(
     i_b = (i_program // row_programs).to(tl.int64)
     o_n = i_program % row_programs * ROWS + tl.arange(0, ROWS)
     m_n = o_n < tokens
+    i_matrix = i_b * by_image
+    p_starts += i_matrix * tokens
+    p_rows += i_matrix * entries
+    p_entries += i_matrix * entries
+    p_values += i_matrix * entries
     p_dy += i_b * stride_yb
     if p_drest is not None:
         p_drest += i_b * stride_rb
