@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import matching_kernels as kernels
 from .matching import Match, Results
-from .mixing_plan import addressable, whole_rows
+from .mixing_plan import addressable, strides, whole_rows
 from .runtime import Device, Launch
 
 # Sources, targets, columns of features at a time, warps and stages, by the size of a feature: what spills no register.
@@ -30,14 +30,12 @@ def plan(device: Device, call: Match, results: Results, scratch: tuple[Tensor, T
     weight, bias, eps = call.norm or (None, None, 0.0)
     features, numbers, indices = scratch
     sources, targets, chunk, warps, stages = _TILES[device.family][x.element_size()]
-    update_strides = (0, 0) if update is None else update.stride()
     arguments = {
         "p_x": x, "p_update": update, "p_weight": weight, "p_bias": bias, "p_sizes": call.sizes,
         **{f"p_{name}": tensor for name, tensor in results._asdict().items()}, "p_features": features,
         "p_numbers": numbers, "p_indices": indices, "batch": batch, "tokens": tokens, "left": call.tokens,
-        "prefix": call.num_prefix_tokens, "rounds": call.rounds, "programs": len(features), "width": width, "stride_xb": x.stride(0),
-        "stride_xn": x.stride(1), "stride_ub": update_strides[0], "stride_un": update_strides[1],
-        "stride_sb": call.sizes.stride(0), "stride_sn": call.sizes.stride(1), "eps": eps, "SOURCES": sources,
+        "prefix": call.num_prefix_tokens, "rounds": call.rounds, "programs": len(features), "width": width,
+        **strides("x", x), **strides("u", update), **strides("s", call.sizes), "eps": eps, "SOURCES": sources,
         "TARGETS": targets, "CHUNK": chunk, "STAGES": stages, "TOKENS": 64,
         "PRECISION": "tf32x3" if x.element_size() == 4 else "tf32",
         **whole_rows(width, 4096 if x.element_size() == 2 else 2048, x, update),
