@@ -12,7 +12,7 @@ from .reference import ByColumn, Matching, SparseRows
 from .runtime import Device, Known, check_tensor
 
 LONGEST = 4096  # tokens: beyond, a single program for each image leaves too much of a GPU idle
-RESIDENT = 2  # programs of a multiprocessor at a time
+RESIDENT = 2  # programs for each multiprocessor: as many as images of a common batch, and not more memory than that
 
 
 class Results(NamedTuple):
@@ -170,6 +170,9 @@ def match(
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Matching:
     """:func:`match_tokens` of ``LayerNorm(x + update)``, with the matrix of the merge for :func:`transition`.
+
+    What is compared is in x's dtype. The kernel rounds the means of a later round to it too, which PyTorch's operators
+    keep in float32: of half-precision tokens that are about equally alike, another pair may merge.
 
     Args:
         x: (B, N, D), floating point.

@@ -17,9 +17,9 @@ from .runtime import Device, Launch
 
 # Sources, targets, columns of features at a time, warps and stages, by the size of a feature: what spills no register.
 _TILES = {
-    80: {2: (64, 64, 32, 8, 3), 4: (32, 32, 32, 8, 2)},
+    80: {2: (128, 64, 32, 8, 3), 4: (32, 32, 32, 8, 2)},
     90: {2: (128, 64, 64, 8, 3), 4: (64, 64, 16, 8, 2)},
-    100: {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 8, 2)},
+    100: {2: (128, 64, 64, 8, 3), 4: (64, 64, 32, 8, 2)},
 }
 
 

@@ -159,6 +159,8 @@ def _gather_backward(
     batch, split, width = dy.shape
     by_column = matrix.by_column or ByColumn.of(matrix.starts, matrix.columns, tokens)
     column_starts, rows, entries, values = (x.contiguous() for x in (*by_column, matrix.values))
+    if values.numel() >= 2**31:
+        column_starts = column_starts.long()  # whose type numbers the entries of all images
     shape = whole_rows(width, 2048 if dy.element_size() == 2 else 512, *state, dy, drest)
     row_programs = -(-tokens // shape["ROWS"])
     arguments = _mixed(*state, first) | {
