@@ -1,8 +1,9 @@
 """The Triton kernel that matches tokens. Names as in the other kernels; i_ also counts.
 
 An image is one program's, from its features to the rows of its matrix: what one thread leaves in memory for another is
-read after a barrier. Counts of tokens are read at run time, and every loop goes by blocks, so one kernel serves all
-lengths. Merged tokens are numbered with the prefix tokens first, and each round numbers them anew.
+read after a barrier, with which each step begins that reads what the step before it wrote. Counts of tokens are read at
+run time, and every loop goes by blocks, so one kernel serves all lengths. Merged tokens are numbered with the prefix
+tokens first, and each round numbers them anew.
 """
 
 import triton
@@ -27,12 +28,63 @@ def store_features(
 
 
 @triton.jit
+def begin(p_segments, p_clusters, p_sizes, tokens, stride_sn, TOKENS: tl.constexpr):
+    """Every token a segment of its own, of the token's size."""
+    for i_n in range(0, tokens, TOKENS):
+        o_n = i_n + tl.arange(0, TOKENS)
+        m_n = o_n < tokens
+        tl.store(p_segments + o_n, o_n, mask=m_n)
+        tl.store(p_clusters + o_n, tl.load(p_sizes + o_n * stride_sn, mask=m_n).to(tl.float32), mask=m_n)
+
+
+@triton.jit
+def merges_of_round(patches, left, following):
+    """How many of ``patches`` merge, with ``following`` rounds after this one, see reference.merges_by_round."""
+    # No image has so many patches that more halvings than 16 make a difference.
+    i_most = ((left + 1) << tl.minimum(following, 16)) - 1
+    return tl.maximum((patches - left + following) // (following + 1), patches - i_most)
+
+
+@triton.jit
+def take_features(
+    p_x, p_update, p_weight, p_bias, p_features, p_squares, tokens, stride_xn, stride_un, eps,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """What a first round compares: an image's x + update, or the LayerNorm of it."""
+    for i_n in range(0, tokens, ROWS):
+        o_n = i_n + tl.arange(0, ROWS)
+        m_n = o_n < tokens
+        b_fs = load_state(
+            p_x, p_update, None, o_n, m_n, tokens, stride_xn, stride_un, 0, WIDTH, PIECES, WHOLE, ALIGNED
+        )  # fmt: skip
+        if p_weight is not None:
+            b_fs = normalise(b_fs, p_weight, p_bias, eps, ROWS, WIDTH, PIECES, WHOLE)
+        store_features(p_features, p_squares, b_fs, o_n, m_n, WIDTH, PIECES, WHOLE)
+
+
+@triton.jit
+def take_means(
+    p_features, p_rows, p_columns, p_weights, p_means, p_squares, rows, tokens,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """What a later round compares: the means of the features by the matrix of the round before."""
+    for i_n in range(0, rows, ROWS):
+        o_n = i_n + tl.arange(0, ROWS)
+        b_fs = gather(
+            p_features, None, None, p_rows, p_columns, p_weights, o_n, rows, tokens, tokens, WIDTH, 0, 0,
+            ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
+        )  # fmt: skip
+        store_features(p_means, p_squares, b_fs, o_n, o_n < rows, WIDTH, PIECES, WHOLE)
+
+
+@triton.jit
 def propose(
     p_features, p_squares, p_clusters, p_cheapest, p_places, prefix, sources, targets, width,
     SOURCES: tl.constexpr, TARGETS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each source's cheapest target: its cost goes to p_cheapest (sources,), its number to p_places (sources,)."""
+    tl.debug_barrier()
     for i_s in range(0, sources, SOURCES):
         o_s = i_s + tl.arange(0, SOURCES)
         m_s = o_s < sources
@@ -69,6 +121,7 @@ def propose(
 @triton.jit
 def carry_out(p_cheapest, p_places, prefix, sources, merges, TOKENS: tl.constexpr):
     """Carry out the cheapest proposals: p_places (sources,) holds each source's target, and then its new number."""
+    tl.debug_barrier()
     i_staying = prefix
     for i_s in range(0, sources, TOKENS):
         o_s = i_s + tl.arange(0, TOKENS)
@@ -92,6 +145,7 @@ def carry_out(p_cheapest, p_places, prefix, sources, merges, TOKENS: tl.constexp
 @triton.jit
 def renumber(p_segments, p_places, tokens, prefix, staying, TOKENS: tl.constexpr):
     """The segments (tokens,) by the round's new numbers: sources as p_places says, then targets, in their order."""
+    tl.debug_barrier()
     for i_n in range(0, tokens, TOKENS):
         o_n = i_n + tl.arange(0, TOKENS)
         m_n = o_n < tokens
@@ -105,7 +159,7 @@ def renumber(p_segments, p_places, tokens, prefix, staying, TOKENS: tl.constexpr
 
 
 @triton.jit
-def count(p_segments, p_sizes, o_n, m_n, b_segment, tokens, stride_sn, TOKENS: tl.constexpr):
+def count(p_segments, p_sizes, o_n, b_segment, tokens, stride_sn, TOKENS: tl.constexpr):
     """For the tokens ``o_n`` [TOKENS]: how many stand before them in order of segments, how many of these in the same
     segment, and the size of all of that segment."""
     b_place = tl.zeros([TOKENS], tl.int32)
@@ -159,49 +213,29 @@ def match(
         p_segment = p_segments + i_b * tokens
         p_column = p_columns + i_b * tokens
         p_size = p_sizes + i_b * stride_sb
-        for i_n in range(0, tokens, TOKENS):
-            o_n = i_n + tl.arange(0, TOKENS)
-            m_n = o_n < tokens
-            tl.store(p_segment + o_n, o_n, mask=m_n)
-            tl.store(p_clusters + o_n, tl.load(p_size + o_n * stride_sn, mask=m_n).to(tl.float32), mask=m_n)
+        begin(p_segment, p_clusters, p_size, tokens, stride_sn, TOKENS)
         i_patches = tokens - prefix
         for i_round in range(0, rounds):
             i_following = rounds - 1 - i_round
-            # reference.merges_by_round; no image has so many patches that more halvings than 16 make a difference.
-            i_most = ((left - prefix + 1) << tl.minimum(i_following, 16)) - 1
-            i_merges = (i_patches - left + prefix + i_following) // (i_following + 1)
-            i_merges = tl.maximum(i_merges, i_patches - i_most)
+            i_merges = merges_of_round(i_patches, left - prefix, i_following)
             i_sources = (i_patches + 1) // 2
-            i_rows = prefix + i_patches
             if i_round == 0:
-                for i_n in range(0, tokens, ROWS):
-                    o_n = i_n + tl.arange(0, ROWS)
-                    m_n = o_n < tokens
-                    b_fs = load_state(
-                        p_x + i_b * stride_xb, None if p_update is None else p_update + i_b * stride_ub, None,
-                        o_n, m_n, tokens, stride_xn, stride_un, 0, WIDTH, PIECES, WHOLE, ALIGNED,
-                    )  # fmt: skip
-                    if p_weight is not None:
-                        b_fs = normalise(b_fs, p_weight, p_bias, eps, ROWS, WIDTH, PIECES, WHOLE)
-                    store_features(p_features, p_squares, b_fs, o_n, m_n, WIDTH, PIECES, WHOLE)
+                take_features(
+                    p_x + i_b * stride_xb, None if p_update is None else p_update + i_b * stride_ub, p_weight, p_bias,
+                    p_features, p_squares, tokens, stride_xn, stride_un, eps, ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
+                )  # fmt: skip
                 p_compared = p_features
             else:
-                for i_n in range(0, i_rows, ROWS):
-                    o_n = i_n + tl.arange(0, ROWS)
-                    b_fs = gather(
-                        p_features, None, None, p_rows, p_column, p_weights, o_n, i_rows, tokens, tokens, WIDTH, 0, 0,
-                        ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
-                    )  # fmt: skip
-                    store_features(p_means, p_squares, b_fs, o_n, o_n < i_rows, WIDTH, PIECES, WHOLE)
+                take_means(
+                    p_features, p_rows, p_column, p_weights, p_means, p_squares, prefix + i_patches, tokens,
+                    ROWS, WIDTH, PIECES, WHOLE, ALIGNED,
+                )  # fmt: skip
                 p_compared = p_means
-            tl.debug_barrier()
             propose(
                 p_compared, p_squares, p_clusters, p_cheapest, p_places, prefix, i_sources, i_patches // 2, width,
                 SOURCES, TARGETS, CHUNK, STAGES, PRECISION,
             )  # fmt: skip
-            tl.debug_barrier()
             carry_out(p_cheapest, p_places, prefix, i_sources, i_merges, TOKENS)
-            tl.debug_barrier()
             renumber(p_segment, p_places, tokens, prefix, i_sources - i_merges, TOKENS)
             tl.debug_barrier()
             i_patches -= i_merges
@@ -209,7 +243,7 @@ def match(
                 o_n = i_n + tl.arange(0, TOKENS)
                 m_n = o_n < tokens
                 b_segment = tl.load(p_segment + o_n, mask=m_n, other=0)
-                b_place, b_ahead, b_total = count(p_segment, p_size, o_n, m_n, b_segment, tokens, stride_sn, TOKENS)
+                b_place, b_ahead, b_total = count(p_segment, p_size, o_n, b_segment, tokens, stride_sn, TOKENS)
                 b_weight = tl.load(p_size + o_n * stride_sn, mask=m_n, other=0.0).to(tl.float32) / b_total
                 m_first = m_n & (b_ahead == 0)
                 tl.store(p_column + b_place, o_n, mask=m_n)
