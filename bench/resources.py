@@ -121,7 +121,28 @@ class MixCase(NamedTuple):
         return [forward, *backward.launches]
 
 
-Case = AttentionCase | MixCase
+class MatchCase(NamedTuple):
+    """One call of match whose kernel is compiled."""
+
+    target: int
+    dtype: str
+    width: int
+    extras: bool  # with the LayerNorm and an update
+
+    def launches(self) -> list[NamedTuple]:
+        """What the package would launch, for any number of tokens."""
+        from pm_kernels.matching import Match
+        from pm_kernels.matching_plan import plan
+
+        device = _device(self.target)
+        x = torch.empty(256, 197, self.width, dtype=getattr(torch, self.dtype), device="meta")
+        weight, sizes = torch.empty(self.width, device="meta"), torch.empty(256, 197, device="meta")
+        norm = (weight, weight, 1e-6) if self.extras else None
+        call = Match(x, sizes, 120, 1, 2, x if self.extras else None, norm)
+        return [plan(device, call, call.results(), call.scratch(device))]
+
+
+Case = AttentionCase | MixCase | MatchCase
 
 
 def _device(target: int) -> NamedTuple:
@@ -134,7 +155,7 @@ def _device(target: int) -> NamedTuple:
 def cases(
     targets: Iterable[int], dtypes: Iterable[str], head_widths: Iterable[int], widths: Iterable[int]
 ) -> Iterator[Case]:
-    """Attention at every length of the tables, plain, merged, and with the queries left unmerged; and every mix."""
+    """Attention at every length of the tables, plain, merged, and with the queries left unmerged; mixes; matching."""
     for target, dtype, extras in itertools.product(targets, dtypes, (False, True)):
         for width in head_widths:
             for tokens in LENGTHS:
@@ -146,6 +167,7 @@ def cases(
         for width in widths:
             for matrix in ("sparse", "dense"):
                 yield MixCase(target, dtype, width, matrix, extras)
+            yield MatchCase(target, dtype, width, extras)
 
 
 def report(task: tuple[Case, int]) -> dict:
@@ -207,7 +229,7 @@ def compile_for(target: Target, launch: NamedTuple) -> dict:
     blocks = {
         name: value
         for name, value in launch.arguments.items()
-        if name in ("PIECES", "ROWS", "COLUMNS", "STEP", "KEYS", "TOKENS", "CHUNK")
+        if name in ("PIECES", "ROWS", "COLUMNS", "STEP", "KEYS", "TOKENS", "SOURCES", "TARGETS", "CHUNK")
     }
     return {
         "kernel": launch.kernel.__name__,

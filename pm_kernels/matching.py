@@ -4,11 +4,34 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from . import reference, runtime
-from .mixing import token_mix
-from .reference import Matching
-from .runtime import check_tensor
+from .mixing import WIDEST, token_mix
+from .reference import ByColumn, Matching, SparseRows
+from .runtime import Device, Known, check_tensor
+
+LONGEST = 4096  # tokens: beyond, a single program for each image leaves too much of a GPU idle
+RESIDENT = 2  # programs for each multiprocessor: as many as images of a common batch, and not more memory than that
+
+
+class Results(NamedTuple):
+    """What the kernel fills, see :class:`pm_kernels.Matching` and :class:`pm_kernels.ByColumn`."""
+
+    segments: Tensor  # (B, N) int32, also the rows of the matrix's entries by column
+    merged: Tensor  # (B, C) float32, sizes
+    logs: Tensor  # (B, C) float32
+    starts: Tensor  # (B, C) int32
+    columns: Tensor  # (B, N) int32
+    values: Tensor  # (B, N) in x's dtype
+    by_starts: Tensor  # (B, N) int32
+    entries: Tensor  # (B, N) int32
+
+    def matching(self) -> Matching:
+        """The results as the public functions return them."""
+        by_column = ByColumn(self.by_starts, self.segments, self.entries)
+        matrix = SparseRows(self.starts, self.columns, self.values, by_column)
+        return Matching(self.segments, self.merged, self.logs, matrix)
 
 
 class Match(NamedTuple):
@@ -21,6 +44,16 @@ class Match(NamedTuple):
     rounds: int
     update: Tensor | None = None
     norm: tuple[Tensor, Tensor, float] | None = None
+
+    @classmethod
+    def of(cls, *operands: Tensor | float | int | None) -> "Match":
+        """The arguments from those of the registered operator, see :meth:`operands`."""
+        x, sizes, update, weight, bias, eps, tokens, prefix, rounds = operands
+        return cls(x, sizes, tokens, prefix, rounds, update, None if weight is None else (weight, bias, eps))
+
+    def operands(self) -> tuple[Tensor | float | int | None, ...]:
+        """The arguments as the registered operator takes them."""
+        return self.x, self.sizes, self.update, *(self.norm or (None, None, 0.0)), *self[2:5]
 
     def check(self, op: str) -> None:
         """Raise what the public functions do where the arguments do not fit together."""
@@ -52,11 +85,44 @@ class Match(NamedTuple):
 
     def supported(self) -> bool:
         """Whether there is a kernel for x's dtype and shape."""
-        return False
+        _, tokens, width = self.x.shape
+        known = self.x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        return known and 1 <= width <= WIDEST and tokens <= LONGEST
 
     def faster(self) -> bool:
         """Whether the kernel is faster on a GPU than PyTorch's operators."""
         return True
+
+    def results(self) -> Results:
+        """Memory for the results."""
+        x, (batch, tokens, _) = self.x, self.x.shape
+
+        def integers(count: int) -> Tensor:
+            return x.new_empty(batch, count, dtype=torch.int32)
+
+        sizes, logs = (x.new_empty(batch, self.tokens, dtype=torch.float32) for _ in range(2))
+        values = x.new_empty(batch, tokens)
+        segments, columns, by_starts, entries = (integers(tokens) for _ in range(4))
+        return Results(segments, sizes, logs, integers(self.tokens), columns, values, by_starts, entries)
+
+    def scratch(self, device: Device) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory that the programs use one image after another: features, numbers and indices."""
+        batch, tokens, width = self.x.shape
+        programs = min(batch, RESIDENT * device.multiprocessors)
+        return (
+            self.x.new_empty(programs, 2, tokens, width),
+            self.x.new_empty(programs, 4, tokens, dtype=torch.float32),
+            self.x.new_empty(programs, 2, tokens, dtype=torch.int32),
+        )
+
+    def flops(self) -> int:
+        """Floating-point operations of the products of sources with targets."""
+        batch, tokens, width = self.x.shape
+        patches, products = tokens - self.num_prefix_tokens, 0
+        for merges in reference.merges_by_round(patches, self.tokens - self.num_prefix_tokens, self.rounds):
+            products += (patches - patches // 2) * (patches // 2)
+            patches -= merges
+        return 2 * batch * width * products
 
 
 def match_tokens(
@@ -105,6 +171,9 @@ def match(
 ) -> Matching:
     """:func:`match_tokens` of ``LayerNorm(x + update)``, with the matrix of the merge for :func:`transition`.
 
+    What is compared is in x's dtype. The kernel rounds the means of a later round to it too, which PyTorch's operators
+    keep in float32: of half-precision tokens that are about equally alike, another pair may merge.
+
     Args:
         x: (B, N, D), floating point.
         sizes, tokens, num_prefix_tokens, rounds: as in :func:`match_tokens`.
@@ -118,10 +187,54 @@ def match(
 
 
 def _matched(call: Match, op: str) -> Matching:
-    call, known, _ = runtime.settle(call, op)
+    call, known, how = runtime.settle(call, op)
     if known.device is None:
         return reference.match(*call[:5], update=call.update, norm=call.norm)
-    raise NotImplementedError
+    results = Results(*match_operator(*call.operands())) if how == "dispatch" else _run(call, known)
+    return results.matching()
+
+
+def _run(call: Match, known: Known) -> Results:
+    results, scratch, norm = call.results(), call.scratch(known.device), call.norm or (None, None)
+    tensors = (call.x, call.update, *norm[:2], call.sizes, *results, *scratch)
+    with runtime.on_device(call.x):
+        if not known.repeat(tensors):
+            from .matching_plan import plan
+
+            names = ("x", "update", "weight", "bias", "sizes", *Results._fields, "features", "numbers", "indices")
+            known.run([plan(known.device, call, results, scratch)], [f"p_{name}" for name in names], tensors)
+    return results
+
+
+def _forward(*operands: Tensor | float | int | None) -> tuple[Tensor, ...]:
+    call, known, _ = runtime.settle(Match.of(*operands))
+    return tuple(_run(call, known))
+
+
+class _Recorded(torch.autograd.Function):
+    """What is decided has no gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, _: None, *operands: Tensor | float | int | None) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = match_operator(*operands)
+        ctx.mark_non_differentiable(*results)
+        return results
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> tuple[None, ...]:
+        return (None,) * 10
+
+
+match_operator = runtime.register(
+    "match(Tensor x, Tensor sizes, Tensor? update, Tensor? weight, Tensor? bias, float eps, SymInt tokens, "
+    "SymInt num_prefix_tokens, SymInt rounds) -> (Tensor segments, Tensor sizes_left, Tensor log_sizes, Tensor starts, "
+    "Tensor columns, Tensor values, Tensor by_starts, Tensor by_entries)",
+    _forward,
+    lambda *operands: tuple(Match.of(*operands).results()),
+    _Recorded,
+    lambda *operands: Match.of(*operands).flops(),
+)
 
 
 def merge_segments(x: Tensor, segments: Tensor, sizes: Tensor, tokens: int) -> Tensor:

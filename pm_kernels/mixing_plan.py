@@ -140,7 +140,7 @@ def _norm_backward(
     arguments = _mixed(*mixed, first) | matrix | {
         "p_weight": weight, "p_dnormed": dnormed, "p_dy": dy, "p_dmixed": dmixed, "p_partial": partial,
         "rows": call.counts()[0], "normed": normed, "row_programs": row_programs, "items": items, "programs": programs,
-        **_strides("n", dnormed), **_strides("y", dy), "eps": eps, **shape,
+        **strides("n", dnormed), **strides("y", dy), "eps": eps, **shape,
     }  # fmt: skip
     return Launch(row_kernels.norm_backward, programs, arguments, warps=8, stages=1), dmixed, partial
 
@@ -159,13 +159,15 @@ def _gather_backward(
     batch, split, width = dy.shape
     by_column = matrix.by_column or ByColumn.of(matrix.starts, matrix.columns, tokens)
     column_starts, rows, entries, values = (x.contiguous() for x in (*by_column, matrix.values))
+    if values.numel() >= 2**31:
+        column_starts = column_starts.long()  # whose type numbers the entries of all images
     shape = whole_rows(width, 2048 if dy.element_size() == 2 else 512, *state, dy, drest)
     row_programs = -(-tokens // shape["ROWS"])
     arguments = _mixed(*state, first) | {
         "p_dy": dy, "p_drest": drest, "p_starts": column_starts, "p_rows": rows, "p_entries": entries,
         "p_values": values, "p_dx": dx, "p_dcarried": dcarried, "p_partial": partial, "tokens": tokens,
         "entries": values.shape[-1], "by_image": values.dim() - 1, "split": split, "row_programs": row_programs,
-        **_strides("y", dy), **_strides("r", drest), **shape,
+        **strides("y", dy), **strides("r", drest), **shape,
     }  # fmt: skip
     return Launch(row_kernels.gather_backward, batch * row_programs, arguments, _warps(width), stages=1)
 
@@ -194,7 +196,7 @@ def mix_launch(
         "tokens": first + (0 if carried is None else carried.shape[1]), "padded": matrix.shape[1], "first": first,
         "split": y.shape[1], "normed": 0 if normed is None else normed.shape[1], "width": width,
         "row_programs": row_programs, "width_programs": width_programs, "stride_matrix": matrix.stride(0),
-        **_strides("x", x), **_strides("c", carried), **_strides("y", y), **_strides("r", rest), "eps": eps,
+        **strides("x", x), **strides("c", carried), **strides("y", y), **strides("r", rest), "eps": eps,
         "TRANSPOSED": transposed, "ROWS": block, "COLUMNS": columns, "CHUNK": CHUNK, "STAGES": stages,
         "ALIGNED": aligned(x, carried, y, rest), "PRECISION": precision(x),
     }  # fmt: skip
@@ -213,8 +215,8 @@ def matrix_gradient_launch(
     stages = 2 if device.family == 90 and x.element_size() == 2 else 1
     arguments = {
         "p_dy": dy, "p_drest": drest, "p_x": x, "p_carried": carried, "p_partial": partial, "batch": batch,
-        "rows": rows, "tokens": tokens, "split": dy.shape[1], "first": first, "width": width, **_strides("y", dy),
-        **_strides("r", drest), **_strides("x", x), **_strides("c", carried), "row_programs": row_programs,
+        "rows": rows, "tokens": tokens, "split": dy.shape[1], "first": first, "width": width, **strides("y", dy),
+        **strides("r", drest), **strides("x", x), **strides("c", carried), "row_programs": row_programs,
         "token_programs": token_programs, "splits": splits, "ROWS": 64, "TOKENS": 64,
         "CHUNK": 64 if x.element_size() == 2 and device.family > 80 else 32, "STAGES": stages,
         "ALIGNED": aligned(dy, drest, x, carried), "PRECISION": precision(x),
@@ -249,8 +251,8 @@ def aligned(*tensors: Tensor | None) -> bool:
 
 
 def _mixed(x: Tensor | None, update: Tensor | None, carried: Tensor | None, first: int) -> dict[str, Any]:
-    strides = _strides("x", x) | _strides("u", update) | _strides("c", carried)
-    return {"p_x": x, "p_update": update, "p_carried": carried, "first": first} | strides
+    pointers = {"p_x": x, "p_update": update, "p_carried": carried, "first": first}
+    return pointers | strides("x", x) | strides("u", update) | strides("c", carried)
 
 
 def _by_row(matrix: SparseRows) -> dict[str, Any]:
@@ -265,7 +267,8 @@ def _warps(width: int) -> int:
     return 4 if width <= 2048 else 8
 
 
-def _strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+def strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+    """The strides of a tensor (B, N, ...) as kernels name them, 0 for none."""
     batch, rows = (0, 0) if tensor is None else tensor.stride()[:2]
     return {f"stride_{name}b": batch, f"stride_{name}n": rows}
 

@@ -277,11 +277,8 @@ def gather_backward(
     i_b = (i_program // row_programs).to(tl.int64)
     o_n = i_program % row_programs * ROWS + tl.arange(0, ROWS)
     m_n = o_n < tokens
-    i_matrix = i_b * by_image
-    p_starts += i_matrix * tokens
-    p_rows += i_matrix * entries
-    p_entries += i_matrix * entries
-    p_values += i_matrix * entries
+    p_starts += i_b * by_image * tokens
+    i_first = (i_b * by_image * entries).to(p_starts.dtype.element_ty)
     p_dy += i_b * stride_yb
     if p_drest is not None:
         p_drest += i_b * stride_rb
@@ -297,7 +294,8 @@ def gather_backward(
         )  # fmt: skip
     o_e = tl.load(p_starts + o_n, mask=m_n, other=0)
     o_end = tl.load(p_starts + o_n + 1, mask=o_n + 1 < tokens, other=entries)
-    o_end = tl.where(m_n, o_end, 0)
+    o_end = tl.where(m_n, o_end, 0) + i_first
+    o_e += i_first
     b_dxs = ()
     for i in tl.static_range(len(PIECES)):
         b_dxs += (zeros(ROWS, PIECES[i]),)
@@ -305,7 +303,7 @@ def gather_backward(
         m_e = o_e < o_end
         o_r = tl.load(p_rows + o_e, mask=m_e, other=0)
         o_v = tl.load(p_entries + o_e, mask=m_e, other=0)
-        b_v = tl.load(p_values + o_v, mask=m_e, other=0.0).to(tl.float32)
+        b_v = tl.load(p_values + (i_first + o_v), mask=m_e, other=0.0).to(tl.float32)
         b_ds = load_pieces(
             in_parts(p_dy, p_drest, o_r, split, stride_yn, stride_rn, ALIGNED), m_e, WIDTH, PIECES, WHOLE
         )

@@ -50,6 +50,7 @@ def test_every_kernel_is_compiled(records, target):
         "gather_forward",
         "gather_backward",
         "norm_backward",
+        "match",
     }
 
 
@@ -179,6 +180,42 @@ print("as the first", len(KNOWN))
 
 def test_a_repeated_mix_launches_as_the_first_one_did():
     assert run("-c", REPEATED_MIX).startswith("as the first")
+
+
+REPEATED_MATCH = """
+import torch
+from bench.stand_in import stand_in
+from pm_kernels import match, transition
+from pm_kernels.runtime import KNOWN, Prepared
+
+runs, run = [], Prepared.run
+Prepared.run = lambda self, tensors: runs.append(tensors) or run(self, tensors)
+kept = []  # so that no memory is used twice
+with stand_in() as device:
+    for normed in (False, True):
+        for _ in range(2):
+            device.launched.clear()
+            x, update = (torch.empty(2, 19, 16, dtype=torch.float16) for _ in range(2))
+            sizes, norm = torch.empty(2, 19), (torch.empty(16), torch.empty(16), 1e-6) if normed else None
+            matching = match(x, sizes, 11, update=update, norm=norm)
+            results = transition(x, None, matching.matrix, update=update, norm=norm)
+            matrix = matching.matrix
+            given = [x, update, *(norm or ())[:2]]
+            filled = [*matching[:3], *matrix[:3], *matrix.by_column[::2], sizes]
+            kept.append((given, filled, results))
+            matched, merged = (
+                {t.data_ptr() for t in launch if isinstance(t, torch.Tensor)} for launch in device.launched
+            )
+            assert {t.data_ptr() for t in given + filled} <= matched
+            assert {t.data_ptr() for t in [*given, *matrix[:3], *results] if t is not None} <= merged
+assert len(runs) == 4 and len(KNOWN) == 4, (len(runs), len(KNOWN))
+print("two launches")
+"""
+
+
+def test_a_merge_is_two_launches_and_is_repeated():
+    """The match and the transition, with nothing between them; the second time as the first one prepared them."""
+    assert run("-c", REPEATED_MATCH).strip() == "two launches"
 
 
 PACKED = """

@@ -7,8 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import ByColumn, SparseRows, backend, reference, token_mix, transition
 from pm_kernels.mixing import Mix, mix, mix_backward
+from pm_kernels.runtime import INTERPRETER
 
 skip_without_kernels()
+from pm_kernels import mixing_plan  # noqa: E402  # needs Triton
 
 pytestmark = ON_KERNELS
 
@@ -193,3 +195,19 @@ def test_flops_are_those_of_every_image():
     with FlopCounterMode(display=False) as counter, backend("triton"):
         token_mix(x, matrix).sum().backward()
     assert counter.get_total_flops() == 2 * 2 * 2 * 11 * 8
+
+
+@pytest.mark.parametrize(("batch", "wide"), [(2**20, torch.int64), (2**10, torch.int32)])
+def test_entries_of_all_images_are_numbered_in_a_type_that_reaches(batch, wide):
+    """More than 2^31 of them take 64 bits."""
+
+    def integers(count):
+        return torch.empty(batch, count, dtype=torch.int32, device="meta")
+
+    by_column = ByColumn(integers(9), integers(2**12), integers(2**12))
+    matrix = SparseRows(integers(5), integers(2**12), torch.empty(batch, 2**12, device="meta"), by_column)
+    x, dy = (torch.empty(batch, count, 8, device="meta") for count in (9, 5))
+    plan = mixing_plan.plan_backward(
+        INTERPRETER, Mix(x, None, None, matrix), (dy, None, None), None, 9, 9, (True, False, False)
+    )
+    assert plan.launches[0].arguments["p_starts"].dtype == wide
