@@ -171,8 +171,7 @@ def match(
 ) -> Matching:
     """:func:`match_tokens` of ``LayerNorm(x + update)``, with the matrix of the merge for :func:`transition`.
 
-    What is compared is in x's dtype. The kernel rounds the means of a later round to it too, which PyTorch's operators
-    keep in float32: of half-precision tokens that are about equally alike, another pair may merge.
+    What is compared is rounded to x's dtype, the means of a later round too; sums are taken in float32 at least.
 
     Args:
         x: (B, N, D), floating point.

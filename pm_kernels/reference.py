@@ -170,30 +170,19 @@ def match(
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Matching:
     """Specification of :func:`pm_kernels.match`, with the same shapes."""
+    wide, (batch, left, _) = torch.promote_types(x.dtype, torch.float32), x.shape
     with torch.no_grad():
-        features = x if update is None else x + update
-        features = features if norm is None else layer_norm(features, *norm)
-        features = features.to(torch.promote_types(x.dtype, torch.float32))
-        sizes = sizes.to(features.dtype)
-        prefix, features, sizes = (
-            sizes[:, :num_prefix_tokens],
-            features[:, num_prefix_tokens:],
-            sizes[:, num_prefix_tokens:],
-        )
-        original, segments = sizes, None
-        count = features.shape[1]
-        for index, merges in enumerate(merges_by_round(count, tokens - num_prefix_tokens, rounds)):
-            step = _match_once(features, sizes, merges)
-            count -= merges
-            if index + 1 < rounds:
-                features = token_mix(features, means(step, sizes, count, features.dtype))
-            sizes = segment_sums(sizes, step, count)
-            segments = step if segments is None else step.gather(1, segments)
-        places = torch.arange(num_prefix_tokens, device=x.device).expand(x.shape[0], -1)
-        segments = torch.cat([places, segments + num_prefix_tokens], dim=1)
-        matrix = means(segments, torch.cat([prefix, original], dim=1), tokens, x.dtype)
-        sizes = torch.cat([prefix, sizes], dim=1)
-        return Matching(segments.int(), sizes, sizes.log(), matrix)
+        state = x.to(wide) if update is None else x.to(wide) + update.to(wide)
+        features = compared = (state if norm is None else layer_norm(state, *norm)).to(x.dtype)
+        sizes = merged = sizes.to(wide)
+        segments = torch.arange(left, device=x.device).expand(batch, -1)
+        for index, merges in enumerate(merges_by_round(left - num_prefix_tokens, tokens - num_prefix_tokens, rounds)):
+            if index > 0:
+                compared = token_mix(features.to(wide), means(segments, sizes, left, wide)).to(x.dtype)
+            segments = _match_once(compared.to(wide), merged, merges, num_prefix_tokens).gather(1, segments)
+            left -= merges
+            merged = segment_sums(sizes, segments, left)
+        return Matching(segments.int(), merged, merged.log(), means(segments, sizes, tokens, x.dtype))
 
 
 def merges_by_round(patches: int, left: int, rounds: int) -> list[int]:
@@ -216,27 +205,26 @@ def fewest_tokens(patches: int, rounds: int) -> int:
     return max(patches >> rounds, min(patches, 1))
 
 
-def _match_once(features: Tensor, sizes: Tensor, merges: int) -> Tensor:
-    """One round on patches (B, N, D): where each of them goes (B, N) int64, of those that are left."""
+def _match_once(features: Tensor, sizes: Tensor, merges: int, prefix: int) -> Tensor:
+    """One round on tokens (B, N, D): where each of them goes (B, N) int64, of those that are left."""
     batch, count, _ = features.shape
-    if count < 2:
-        return torch.arange(count, device=features.device).expand(batch, -1)
-    squares = features.square().sum(dim=-1)
-    products = features[:, ::2] @ features[:, 1::2].mT
-    lengths = squares[:, ::2, None] + squares[:, None, 1::2]
-    distances = lengths - 2 * products
+    places = torch.arange(count, device=features.device).expand(batch, -1)
+    if count - prefix < 2:
+        return places
+    sources, targets = features[:, prefix::2], features[:, prefix + 1 :: 2]
+    lengths = sources.square().sum(dim=-1).unsqueeze(2) + targets.square().sum(dim=-1).unsqueeze(1)
+    distances = lengths - 2 * (sources @ targets.mT)
     # What is lost in rounding is no distance: tokens that are equal merge by their places.
     distances = distances.masked_fill(distances < 8 * torch.finfo(features.dtype).eps * lengths, 0.0)
-    source, target = sizes[:, ::2, None], sizes[:, None, 1::2]
+    source, target = sizes[:, prefix::2, None], sizes[:, None, prefix + 1 :: 2]
     cost = distances * (source * target / (source + target))
     cheapest, partner = cost.masked_fill(cost.isnan(), torch.inf).min(dim=-1)
-    ranks = _ranks(cheapest)
-    stays = ranks >= merges
-    staying = cheapest.shape[1] - merges
-    sources = torch.where(stays, stays.cumsum(dim=1) - 1, staying + partner)
-    targets = staying + torch.arange(count // 2, device=features.device).expand(batch, -1)
-    alternating = F.pad(targets, (0, count % 2))
-    return torch.stack([sources, alternating], dim=2).flatten(1)[:, :count]
+    stays = _ranks(cheapest) >= merges
+    staying = prefix + cheapest.shape[1] - merges
+    of_sources = torch.where(stays, prefix + stays.cumsum(dim=1) - 1, staying + partner)
+    of_targets = F.pad(places[:, : targets.shape[1]] + staying, (0, (count - prefix) % 2))
+    alternating = torch.stack([of_sources, of_targets], dim=2).flatten(1)[:, : count - prefix]
+    return torch.cat([places[:, :prefix], alternating], dim=1)
 
 
 def _ranks(costs: Tensor) -> Tensor:

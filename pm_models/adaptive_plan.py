@@ -7,11 +7,9 @@ from torch import nn
 
 from pm_kernels.reference import fewest_tokens, merges_by_round
 
-from .plan import Plan, as_integer, reading_fields
+from .plan import Plan, as_integer
 
 ROUNDS = 2
-_FORMAT = "pm-vit adaptive plan"
-_VERSION = 1
 # Where a model of twelve blocks merges: early, as only the blocks after a merge gain by it, and with time between
 # merges for the tokens to take up what they became.
 _MERGES_OF_TWELVE = (1, 3, 5, 8)
@@ -33,6 +31,7 @@ class AdaptivePlan(Plan):
         ValueError: a field is out of range, or a merge leaves more tokens than there were, or fewer than it can.
     """
 
+    kind = "adaptive"
     grid: tuple[int, int]
     depth: int
     num_prefix_tokens: int
@@ -130,35 +129,12 @@ class AdaptivePlan(Plan):
             yield before, tokens - self.num_prefix_tokens
             before = tokens - self.num_prefix_tokens
 
-    def to_dict(self) -> dict:
-        """The plan as plain JSON values, for :meth:`from_dict`."""
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "grid": list(self.grid),
-            "depth": self.depth,
-            "num_prefix_tokens": self.num_prefix_tokens,
-            "merges": {str(block): tokens for block, tokens in self.merges.items()},
-        }
+    def _fields(self) -> dict:
+        return {"merges": {str(block): tokens for block, tokens in self.merges.items()}}
 
-    @classmethod
-    def from_dict(cls, values: dict) -> "AdaptivePlan":
-        """A plan from :meth:`to_dict`'s values.
-
-        Raises:
-            ValueError: the values are no plan of this version; the message names the field.
-        """
-        if not is_adaptive(values):
-            raise ValueError(f"not an adaptive plan: 'format' must be {_FORMAT!r}")
-        if values.get("version") != _VERSION:
-            raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
-        with reading_fields():
-            return cls(
-                grid=tuple(as_integer(size) for size in values["grid"]),
-                depth=as_integer(values["depth"]),
-                num_prefix_tokens=as_integer(values["num_prefix_tokens"]),
-                merges={int(block): as_integer(tokens) for block, tokens in values["merges"].items()},
-            )
+    @staticmethod
+    def _arguments(values: dict) -> dict:
+        return {"merges": {int(block): as_integer(tokens) for block, tokens in values["merges"].items()}}
 
     def __repr__(self) -> str:
         rows, columns = self.grid
@@ -172,11 +148,6 @@ class AdaptivePlan(Plan):
             name = str(first) if following == first + 1 else f"{first}..{following - 1}"
             lines.append(f"  {name:<6} {self.tokens[first]:>8}")
         return "\n".join(lines)
-
-
-def is_adaptive(values: object) -> bool:
-    """Whether a plan's JSON is an adaptive plan's."""
-    return isinstance(values, dict) and values.get("format") == _FORMAT
 
 
 def _rounds(before: int, after: int) -> Iterable[int]:

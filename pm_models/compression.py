@@ -3,7 +3,7 @@
 import os
 from dataclasses import MISSING, dataclass, fields
 
-from .adaptive_plan import AdaptivePlan, is_adaptive
+from .adaptive_plan import AdaptivePlan
 from .plan import CompressionPlan, reading_plan
 
 TRAIN_MATRICES = ("support", "dense", None)
@@ -70,5 +70,5 @@ def plan_from(source: CompressionPlan | AdaptivePlan | dict | str | os.PathLike)
         with reading_plan(source) as values:
             return plan_from(values if isinstance(values, dict) else {})
     if isinstance(source, dict):
-        return (AdaptivePlan if is_adaptive(source) else CompressionPlan).from_dict(source)
+        return (AdaptivePlan if AdaptivePlan.describes(source) else CompressionPlan).from_dict(source)
     return source

@@ -2,10 +2,12 @@
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,14 +15,14 @@ from torch import Tensor
 from .files import write_atomically
 from .stages import StagePlan, kept_and_pruned, plan_stage, resize_stage
 
-_FORMAT = "pm-vit compression plan"
 _MOST = 10_000  # blocks, and prefix tokens
 _VERSION = 1
 
 
-class Plan:
+class Plan(ABC):
     """What every plan has: it is a value for one grid, depth and number of prefix tokens, saved as JSON."""
 
+    kind: ClassVar[str]  # what its files call it
     grid: tuple[int, int]
     depth: int
     num_prefix_tokens: int
@@ -41,6 +43,56 @@ class Plan:
             raise ValueError(f"depth must be between 1 and {_MOST}, got {self.depth}")
         if not 0 <= self.num_prefix_tokens <= _MOST:
             raise ValueError(f"num_prefix_tokens must be between 0 and {_MOST}, got {self.num_prefix_tokens}")
+
+    @abstractmethod
+    def _fields(self) -> dict:
+        """What :meth:`to_dict` adds of the plan's own."""
+
+    @staticmethod
+    @abstractmethod
+    def _arguments(values: dict) -> dict:
+        """The arguments of the class that :meth:`_fields` hold."""
+
+    def to_dict(self) -> dict:
+        """The plan as plain JSON values, for :meth:`from_dict`."""
+        return {
+            "format": f"pm-vit {self.kind} plan",
+            "version": _VERSION,
+            "grid": list(self.grid),
+            "depth": self.depth,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            **self._fields(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Plan":
+        """A plan from :meth:`to_dict`'s values.
+
+        Raises:
+            ValueError: the values are no plan of this kind and version; the message names the field.
+        """
+        if not cls.describes(values):
+            raise ValueError(
+                f"not {'an' if cls.kind[0] in 'aeiou' else 'a'} {cls.kind} plan: 'format' must be 'pm-vit {cls.kind} plan'"
+            )
+        if values.get("version") != _VERSION:
+            raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
+        try:
+            return cls(
+                grid=tuple(as_integer(size) for size in values["grid"]),
+                depth=as_integer(values["depth"]),
+                num_prefix_tokens=as_integer(values["num_prefix_tokens"]),
+                **cls._arguments(values),
+            )
+        except KeyError as error:
+            raise ValueError(f"a plan needs the field {error}") from error
+        except (AttributeError, TypeError, OverflowError) as error:
+            raise ValueError(f"a field of the plan has the wrong type: {error}") from error
+
+    @classmethod
+    def describes(cls, values: object) -> bool:
+        """Whether JSON values are of a plan of this kind."""
+        return isinstance(values, dict) and values.get("format") == f"pm-vit {cls.kind} plan"
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -67,17 +119,6 @@ def reading_plan(path: str | os.PathLike) -> Iterator[object]:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-@contextmanager
-def reading_fields() -> Iterator[None]:
-    """Tell which field of a plan's JSON is missing, or of the wrong type."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"a plan needs the field {error}") from error
-    except (AttributeError, TypeError, OverflowError) as error:
-        raise ValueError(f"a field of the plan has the wrong type: {error}") from error
-
-
 @dataclass(frozen=True)
 class CompressionPlan(Plan):
     """Which patches each stage of a Vision Transformer keeps, merges and prunes: a value, saved as JSON.
@@ -94,6 +135,7 @@ class CompressionPlan(Plan):
         ValueError: a field is out of range, or the stages do not fit the grid, the depth or each other.
     """
 
+    kind = "compression"
     grid: tuple[int, int]
     depth: int
     num_prefix_tokens: int
@@ -272,51 +314,23 @@ class CompressionPlan(Plan):
         order = rows.argsort(stable=True)
         return rows[order], columns[order], values[order]
 
-    def to_dict(self) -> dict:
-        """The plan as plain JSON values, for :meth:`from_dict`."""
+    def _fields(self) -> dict:
+        stages = [vars(stage) for stage in self.stages]
+        return {"stages": [stage | {name: list(stage[name]) for name in ("segments", "weights")} for stage in stages]}
+
+    @staticmethod
+    def _arguments(values: dict) -> dict:
         return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "grid": list(self.grid),
-            "depth": self.depth,
-            "num_prefix_tokens": self.num_prefix_tokens,
-            "stages": [
-                {
-                    "first": stage.first,
-                    "last": stage.last,
-                    "segments": list(stage.segments),
-                    "weights": list(stage.weights),
-                }
-                for stage in self.stages
-            ],
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "CompressionPlan":
-        """A plan from :meth:`to_dict`'s values.
-
-        Raises:
-            ValueError: the values are no plan of this version; the message names the field.
-        """
-        if not isinstance(values, dict) or values.get("format") != _FORMAT:
-            raise ValueError(f"not a compression plan: 'format' must be {_FORMAT!r}")
-        if values.get("version") != _VERSION:
-            raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
-        with reading_fields():
-            return cls(
-                grid=tuple(as_integer(size) for size in values["grid"]),
-                depth=as_integer(values["depth"]),
-                num_prefix_tokens=as_integer(values["num_prefix_tokens"]),
-                stages=tuple(
-                    StagePlan(
-                        first=as_integer(stage["first"]),
-                        last=as_integer(stage["last"]),
-                        segments=tuple(as_integer(segment) for segment in stage["segments"]),
-                        weights=tuple(float(weight) for weight in stage["weights"]),
-                    )
-                    for stage in values["stages"]
-                ),
+            "stages": tuple(
+                StagePlan(
+                    first=as_integer(stage["first"]),
+                    last=as_integer(stage["last"]),
+                    segments=tuple(as_integer(segment) for segment in stage["segments"]),
+                    weights=tuple(float(weight) for weight in stage["weights"]),
+                )
+                for stage in values["stages"]
             )
+        }
 
     def __repr__(self) -> str:
         rows, columns = self.grid

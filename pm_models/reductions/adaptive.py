@@ -10,7 +10,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pm_kernels import SparseRows, match, transition
+from pm_kernels import SparseRows, match, merge_segments, transition
 
 from ..adaptive_plan import ROUNDS, AdaptivePlan
 from ..attention import FusedAttention
@@ -131,7 +131,8 @@ class AdaptiveReduction(nn.Module):
         else:
             found = match(x, sizes, tokens, prefix, ROUNDS, update=update, norm=norm)
         if places is not None:
-            places = _means(places, found.segments, sizes, found.sizes, prefix)
+            segments = found.segments[:, prefix:] - prefix
+            places = merge_segments(places.expand(len(x), -1, -1), segments, sizes[:, prefix:], tokens - prefix)
         x, _, normed = transition(x, None, found.matrix, update=update, norm=norm)
         segments = found.segments if members is None else found.segments.gather(1, members.long())
         return State(x, None, found.sizes, found.log_sizes, segments, places), normed
@@ -191,12 +192,3 @@ def _full_map(state: State) -> Tensor:
     starts = torch.arange(members.shape[1], dtype=members.dtype, device=members.device).expand_as(members)
     matrix = SparseRows(starts.contiguous(), members, torch.ones_like(members, dtype=x.dtype))
     return transition(x, None, matrix, update=update)[0]
-
-
-def _means(places: Tensor, segments: Tensor, sizes: Tensor, merged: Tensor, prefix: int) -> Tensor:
-    """Places of the merged patches (B, C - P, 2), the means of their members'."""
-    places = places.expand(len(segments), -1, -1)
-    count = merged.shape[1] - prefix
-    members = segments[:, None, prefix:] - prefix == torch.arange(count, device=segments.device)[:, None]
-    weights = members.to(places.dtype) * sizes[:, None, prefix:].to(places.dtype)
-    return weights @ places / merged[:, prefix:, None].to(places.dtype)
