@@ -72,9 +72,8 @@ class Plan(ABC):
             ValueError: the values are no plan of this kind and version; the message names the field.
         """
         if not cls.describes(values):
-            raise ValueError(
-                f"not {'an' if cls.kind[0] in 'aeiou' else 'a'} {cls.kind} plan: 'format' must be 'pm-vit {cls.kind} plan'"
-            )
+            article = "an" if cls.kind[0] in "aeiou" else "a"
+            raise ValueError(f"not {article} {cls.kind} plan: 'format' must be 'pm-vit {cls.kind} plan'")
         if values.get("version") != _VERSION:
             raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
         try:
