@@ -127,7 +127,7 @@ class MatchCase(NamedTuple):
     target: int
     dtype: str
     width: int
-    extras: bool  # with the LayerNorm and an update
+    extras: bool  # with the LayerNorm, an update and the roots of sizes, as models have it
 
     def launches(self) -> list[NamedTuple]:
         """What the package would launch, for any number of tokens."""
@@ -138,7 +138,7 @@ class MatchCase(NamedTuple):
         x = torch.empty(256, 197, self.width, dtype=getattr(torch, self.dtype), device="meta")
         weight, sizes = torch.empty(self.width, device="meta"), torch.empty(256, 197, device="meta")
         norm = (weight, weight, 1e-6) if self.extras else None
-        call = Match(x, sizes, 120, 1, 2, x if self.extras else None, norm)
+        call = Match(x, sizes, 120, 1, 3, x if self.extras else None, norm, root_sizes=self.extras)
         return [plan(device, call, call.results(), call.scratch(device))]
 
 

@@ -44,20 +44,22 @@ class Match(NamedTuple):
     rounds: int
     update: Tensor | None = None
     norm: tuple[Tensor, Tensor, float] | None = None
+    root_sizes: bool = False
 
     @classmethod
     def of(cls, *operands: Tensor | float | int | None) -> "Match":
         """The arguments from those of the registered operator, see :meth:`operands`."""
-        x, sizes, update, weight, bias, eps, tokens, prefix, rounds = operands
-        return cls(x, sizes, tokens, prefix, rounds, update, None if weight is None else (weight, bias, eps))
+        x, sizes, update, weight, bias, eps, tokens, prefix, rounds, root_sizes = operands
+        norm = None if weight is None else (weight, bias, eps)
+        return cls(x, sizes, tokens, prefix, rounds, update, norm, root_sizes)
 
     def operands(self) -> tuple[Tensor | float | int | None, ...]:
         """The arguments as the registered operator takes them."""
-        return self.x, self.sizes, self.update, *(self.norm or (None, None, 0.0)), *self[2:5]
+        return self.x, self.sizes, self.update, *(self.norm or (None, None, 0.0)), *self[2:5], self.root_sizes
 
     def check(self, op: str) -> None:
         """Raise what the public functions do where the arguments do not fit together."""
-        x, sizes, tokens, prefix, rounds, update, norm = self
+        x, sizes, tokens, prefix, rounds, update, norm, root_sizes = self
         name = "features" if op == "match_tokens" else "x"
         check_tensor(name, x)
         if x.dim() != 3:
@@ -70,6 +72,8 @@ class Match(NamedTuple):
         for option, value, least, most in (("rounds", rounds, 1, None), ("num_prefix_tokens", prefix, 0, count)):
             _check_count(option, value, least, most)
         _check_count("tokens", tokens, prefix + reference.fewest_tokens(count - prefix, rounds), count)
+        if not isinstance(root_sizes, bool):
+            raise TypeError(f"root_sizes must be a bool, got {type(root_sizes).__name__}")
         if update is not None:
             check_tensor("update", update, x, name)
             if update.shape != x.shape:
@@ -126,7 +130,13 @@ class Match(NamedTuple):
 
 
 def match_tokens(
-    features: Tensor, sizes: Tensor, tokens: int, *, num_prefix_tokens: int = 1, rounds: int = 2
+    features: Tensor,
+    sizes: Tensor,
+    tokens: int,
+    *,
+    num_prefix_tokens: int = 1,
+    rounds: int = 2,
+    root_sizes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Decide image by image which tokens merge, so that ``tokens`` are left: by Ward's criterion, in a few rounds.
 
@@ -145,6 +155,7 @@ def match_tokens(
         tokens: C, how many are left, prefix tokens included: a round at most halves the others, rounded down.
         num_prefix_tokens: the first tokens, which never merge.
         rounds: how often sources and targets are paired.
+        root_sizes: take the square roots of sizes in the cost, by which large clusters merge more readily.
 
     Returns:
         segments (B, N) int32, the merged token that each token goes into, and the merged tokens' sizes (B, C), in
@@ -154,7 +165,7 @@ def match_tokens(
         ValueError: a shape, a device or a number does not fit; the message names the argument.
         TypeError: an argument is no floating-point tensor, or no whole number.
     """
-    call = Match(features, sizes, tokens, num_prefix_tokens, rounds)
+    call = Match(features, sizes, tokens, num_prefix_tokens, rounds, root_sizes=root_sizes)
     matching = _matched(call, "match_tokens")
     return matching.segments, matching.sizes
 
@@ -166,6 +177,7 @@ def match(
     num_prefix_tokens: int = 1,
     rounds: int = 2,
     *,
+    root_sizes: bool = False,
     update: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Matching:
@@ -175,20 +187,20 @@ def match(
 
     Args:
         x: (B, N, D), floating point.
-        sizes, tokens, num_prefix_tokens, rounds: as in :func:`match_tokens`.
+        sizes, tokens, num_prefix_tokens, rounds, root_sizes: as in :func:`match_tokens`.
         update: (B, N, D), added to x.
         norm: weight (D,), bias (D,) and epsilon of the LayerNorm; ``None`` takes the sum as it is.
 
     Raises:
         ValueError, TypeError: as :func:`match_tokens` does.
     """
-    return _matched(Match(x, sizes, tokens, num_prefix_tokens, rounds, update, norm), "match")
+    return _matched(Match(x, sizes, tokens, num_prefix_tokens, rounds, update, norm, root_sizes), "match")
 
 
 def _matched(call: Match, op: str) -> Matching:
     call, known, how = runtime.settle(call, op)
     if known.device is None:
-        return reference.match(*call[:5], update=call.update, norm=call.norm)
+        return reference.match(*call[:5], root_sizes=call.root_sizes, update=call.update, norm=call.norm)
     results = Results(*match_operator(*call.operands())) if how == "dispatch" else _run(call, known)
     return results.matching()
 
@@ -222,13 +234,13 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *_: Tensor) -> tuple[None, ...]:
-        return (None,) * 10
+        return (None,) * 11
 
 
 match_operator = runtime.register(
     "match(Tensor x, Tensor sizes, Tensor? update, Tensor? weight, Tensor? bias, float eps, SymInt tokens, "
-    "SymInt num_prefix_tokens, SymInt rounds) -> (Tensor segments, Tensor sizes_left, Tensor log_sizes, Tensor starts, "
-    "Tensor columns, Tensor values, Tensor by_starts, Tensor by_entries)",
+    "SymInt num_prefix_tokens, SymInt rounds, bool root_sizes) -> (Tensor segments, Tensor sizes_left, "
+    "Tensor log_sizes, Tensor starts, Tensor columns, Tensor values, Tensor by_starts, Tensor by_entries)",
     _forward,
     lambda *operands: tuple(Match.of(*operands).results()),
     _Recorded,

@@ -81,7 +81,7 @@ def take_means(
 def propose(
     p_features, p_squares, p_clusters, p_cheapest, p_places, prefix, sources, targets, width,
     SOURCES: tl.constexpr, TARGETS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROOTS: tl.constexpr,
 ):  # fmt: skip
     """Each source's cheapest target: its cost goes to p_cheapest (sources,), its number to p_places (sources,)."""
     tl.debug_barrier()
@@ -109,6 +109,8 @@ def propose(
             b_distances = tl.where(b_distances < 8 * 1.1920928955078125e-07 * b_lengths, 0.0, b_distances)
             b_source = tl.load(p_clusters + o_row, mask=m_s, other=1.0)[:, None]
             b_target = tl.load(p_clusters + o_column, mask=m_t, other=1.0)[None, :]
+            if ROOTS:
+                b_source, b_target = tl.sqrt_rn(b_source), tl.sqrt_rn(b_target)
             b_costs = b_distances * (b_source * b_target / (b_source + b_target))
             b_costs = tl.where(m_t[None, :] & (b_costs < float("inf")), b_costs, float("inf"))  # no number is infinite
             b_least, b_index = tl.min(b_costs, 1, return_indices=True)  # of equal ones, the first
@@ -186,7 +188,7 @@ def match(
     stride_xb, stride_xn, stride_ub, stride_un, stride_sb, stride_sn, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
     SOURCES: tl.constexpr, TARGETS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ROOTS: tl.constexpr,
 ):  # fmt: skip
     """Match the tokens of each image in some rounds, and write the matrix that merges them.
 
@@ -233,7 +235,7 @@ def match(
                 p_compared = p_means
             propose(
                 p_compared, p_squares, p_clusters, p_cheapest, p_places, prefix, i_sources, i_patches // 2, width,
-                SOURCES, TARGETS, CHUNK, STAGES, PRECISION,
+                SOURCES, TARGETS, CHUNK, STAGES, PRECISION, ROOTS,
             )  # fmt: skip
             carry_out(p_cheapest, p_places, prefix, i_sources, i_merges, TOKENS)
             renumber(p_segment, p_places, tokens, prefix, i_sources - i_merges, TOKENS)

@@ -37,7 +37,7 @@ def plan(device: Device, call: Match, results: Results, scratch: tuple[Tensor, T
         "prefix": call.num_prefix_tokens, "rounds": call.rounds, "programs": len(features), "width": width,
         **strides("x", x), **strides("u", update), **strides("s", call.sizes), "eps": eps, "SOURCES": sources,
         "TARGETS": targets, "CHUNK": chunk, "STAGES": stages, "TOKENS": 64,
-        "PRECISION": "tf32x3" if x.element_size() == 4 else "tf32",
+        "PRECISION": "tf32x3" if x.element_size() == 4 else "tf32", "ROOTS": call.root_sizes,
         **whole_rows(width, 4096 if x.element_size() == 2 else 2048, x, update),
     }  # fmt: skip
     return Launch(kernels.match, len(features), arguments, warps, stages)

@@ -166,6 +166,7 @@ def match(
     num_prefix_tokens: int = 1,
     rounds: int = 2,
     *,
+    root_sizes: bool = False,
     update: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Matching:
@@ -179,7 +180,8 @@ def match(
         for index, merges in enumerate(merges_by_round(left - num_prefix_tokens, tokens - num_prefix_tokens, rounds)):
             if index > 0:
                 compared = token_mix(features.to(wide), means(segments, sizes, left, wide)).to(x.dtype)
-            segments = _match_once(compared.to(wide), merged, merges, num_prefix_tokens).gather(1, segments)
+            weights = merged.sqrt() if root_sizes else merged
+            segments = _match_once(compared.to(wide), weights, merges, num_prefix_tokens).gather(1, segments)
             left -= merges
             merged = segment_sums(sizes, segments, left)
         return Matching(segments.int(), merged, merged.log(), means(segments, sizes, tokens, x.dtype))
@@ -205,7 +207,7 @@ def fewest_tokens(patches: int, rounds: int) -> int:
     return max(patches >> rounds, min(patches, 1))
 
 
-def _match_once(features: Tensor, sizes: Tensor, merges: int, prefix: int) -> Tensor:
+def _match_once(features: Tensor, weights: Tensor, merges: int, prefix: int) -> Tensor:
     """One round on tokens (B, N, D): where each of them goes (B, N) int64, of those that are left."""
     batch, count, _ = features.shape
     places = torch.arange(count, device=features.device).expand(batch, -1)
@@ -216,7 +218,7 @@ def _match_once(features: Tensor, sizes: Tensor, merges: int, prefix: int) -> Te
     distances = lengths - 2 * (sources @ targets.mT)
     # What is lost in rounding is no distance: tokens that are equal merge by their places.
     distances = distances.masked_fill(distances < 8 * torch.finfo(features.dtype).eps * lengths, 0.0)
-    source, target = sizes[:, prefix::2, None], sizes[:, None, prefix + 1 :: 2]
+    source, target = weights[:, prefix::2, None], weights[:, None, prefix + 1 :: 2]
     cost = distances * (source * target / (source + target))
     cheapest, partner = cost.masked_fill(cost.isnan(), torch.inf).min(dim=-1)
     stays = _ranks(cheapest) >= merges

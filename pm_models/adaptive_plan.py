@@ -1,7 +1,7 @@
 """When a model merges its tokens by what is in each image, and down to how many."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -9,7 +9,6 @@ from pm_kernels.reference import fewest_tokens, merges_by_round
 
 from .plan import Plan, as_integer
 
-ROUNDS = 2
 # Where a model of twelve blocks merges: early, as only the blocks after a merge gain by it, and with time between
 # merges for the tokens to take up what they became.
 _MERGES_OF_TWELVE = (1, 3, 5, 8)
@@ -26,6 +25,7 @@ class AdaptivePlan(Plan):
         depth: blocks of the model.
         num_prefix_tokens: tokens before the patches (class, distillation, registers); they never merge.
         merges: {block: tokens from that block on, prefix tokens included}.
+        rounds, root_sizes: of each merge, as in :func:`pm_kernels.match_tokens`.
 
     Raises:
         ValueError: a field is out of range, or a merge leaves more tokens than there were, or fewer than it can.
@@ -36,17 +36,23 @@ class AdaptivePlan(Plan):
     depth: int
     num_prefix_tokens: int
     merges: Mapping[int, int]
+    rounds: int = 2
+    root_sizes: bool = False
 
     def __post_init__(self) -> None:
         self.check_sizes()
         if not isinstance(self.merges, Mapping):
             raise ValueError(f"merges must be a dict {{block: tokens}}, got {self.merges!r}")
+        if type(self.rounds) is not int or self.rounds < 1:
+            raise ValueError(f"rounds must be a whole number of at least 1, got {self.rounds!r}")
+        if type(self.root_sizes) is not bool:
+            raise ValueError(f"root_sizes must be a bool, got {self.root_sizes!r}")
         object.__setattr__(self, "merges", dict(sorted(self.merges.items())))
         patches = self.num_patches
         for block, tokens in self.merges.items():
             if not 0 <= block < self.depth:
                 raise ValueError(f"merges must name blocks from 0 to {self.depth - 1}, got {block}")
-            least = self.num_prefix_tokens + fewest_tokens(patches, ROUNDS)
+            least = self.num_prefix_tokens + fewest_tokens(patches, self.rounds)
             most = self.num_prefix_tokens + patches
             if not least <= tokens <= most:
                 raise ValueError(
@@ -55,13 +61,16 @@ class AdaptivePlan(Plan):
             patches = tokens - self.num_prefix_tokens
 
     def __hash__(self) -> int:
-        return hash((self.grid, self.depth, self.num_prefix_tokens, tuple(self.merges.items())))
+        return hash(
+            (self.grid, self.depth, self.num_prefix_tokens, tuple(self.merges.items()), self.rounds, self.root_sizes)
+        )
 
     @classmethod
     def for_model(cls, model: nn.Module, gmacs: float = 0.62) -> "AdaptivePlan":
         """The plan by which a model needs a share of its GMACs: four merges, each of the same share of the patches.
 
-        They stand before blocks 1, 3, 5 and 8 of twelve, and accordingly in a model of another depth.
+        They stand before blocks 1, 3, 5 and 8 of twelve, and accordingly in a model of another depth. Each has three
+        rounds, and the square roots of sizes in its costs.
 
         Args:
             model: a timm VisionTransformer or Eva, or a :class:`~pm_models.Segmenter`, uncompressed.
@@ -88,8 +97,8 @@ class AdaptivePlan(Plan):
                 block: prefix + max(round(patches * share), 1) for block, share in zip(blocks, shares, strict=True)
             }
             try:
-                plans.append(cls(grid, depth, prefix, merges))
-            except ValueError:  # more than two rounds can merge
+                plans.append(cls(grid, depth, prefix, merges, rounds=3, root_sizes=True))
+            except ValueError:  # more than the rounds can merge
                 continue
         return plans
 
@@ -104,7 +113,7 @@ class AdaptivePlan(Plan):
         for block in range(self.depth):
             if block in self.merges:
                 planned = round((self.merges[block] - prefix) * patches / self.num_patches)
-                left = min(max(planned, fewest_tokens(left, ROUNDS)), left)
+                left = min(max(planned, fewest_tokens(left, self.rounds)), left)
             tokens.append(prefix + left)
         return tokens
 
@@ -112,14 +121,14 @@ class AdaptivePlan(Plan):
         """The plan for another grid, with as large a share of the patches left."""
         grid = tuple(grid)
         tokens = self.tokens_of(grid[0] * grid[1])
-        return AdaptivePlan(grid, self.depth, self.num_prefix_tokens, {block: tokens[block] for block in self.merges})
+        return replace(self, grid=grid, merges={block: tokens[block] for block in self.merges})
 
     def matching_macs(self, width: int) -> int:
         """Multiply-accumulates of the distances between tokens of a width, of one image."""
         return sum(
             (patches - patches // 2) * (patches // 2) * width
             for before, after in self._steps()
-            for patches in _rounds(before, after)
+            for patches in self._rounds(before, after)
         )
 
     def _steps(self) -> Iterable[tuple[int, int]]:
@@ -129,12 +138,20 @@ class AdaptivePlan(Plan):
             yield before, tokens - self.num_prefix_tokens
             before = tokens - self.num_prefix_tokens
 
+    def _rounds(self, before: int, after: int) -> Iterable[int]:
+        """Patches before each round of a merge."""
+        for merges in merges_by_round(before, after, self.rounds):
+            yield before
+            before -= merges
+
     def _fields(self) -> dict:
-        return {"merges": {str(block): tokens for block, tokens in self.merges.items()}}
+        merges = {str(block): tokens for block, tokens in self.merges.items()}
+        return {"merges": merges, "rounds": self.rounds, "root_sizes": self.root_sizes}
 
     @staticmethod
     def _arguments(values: dict) -> dict:
-        return {"merges": {int(block): as_integer(tokens) for block, tokens in values["merges"].items()}}
+        merges = {int(block): as_integer(tokens) for block, tokens in values["merges"].items()}
+        return {"merges": merges, **{name: values[name] for name in ("rounds", "root_sizes") if name in values}}
 
     def __repr__(self) -> str:
         rows, columns = self.grid
@@ -148,10 +165,3 @@ class AdaptivePlan(Plan):
             name = str(first) if following == first + 1 else f"{first}..{following - 1}"
             lines.append(f"  {name:<6} {self.tokens[first]:>8}")
         return "\n".join(lines)
-
-
-def _rounds(before: int, after: int) -> Iterable[int]:
-    """Patches before each round of a merge."""
-    for merges in merges_by_round(before, after, ROUNDS):
-        yield before
-        before -= merges

@@ -87,22 +87,23 @@ def transition_written_out(x, matrix, rows, carried=None, update=None, weight=No
     return y, rest, centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
 
-def matched_one_by_one(features, sizes, tokens, prefix, rounds):
+def matched_one_by_one(features, sizes, tokens, prefix, rounds, root_sizes=False):
     """Segments (B, N) and sizes (B, C), by the words of the definition."""
-    found = [
-        _matched_image(*image, tokens, prefix, rounds) for image in zip(features.double(), sizes.tolist(), strict=True)
-    ]
+    images = zip(features.double(), sizes.tolist(), strict=True)
+    found = [_matched_image(*image, tokens, prefix, rounds, 0.5 if root_sizes else 1.0) for image in images]
     segments, merged_sizes = zip(*found, strict=True)
     return torch.tensor(segments, dtype=torch.int32), torch.tensor(merged_sizes)
 
 
-def _matched_image(features, sizes, tokens, prefix, rounds):
+def _matched_image(features, sizes, tokens, prefix, rounds, power):
     clusters = [([place], sizes[place], features[place]) for place in range(prefix, len(features))]
     for count in merges_by_round(len(clusters), tokens - prefix, rounds):
         sources, targets = clusters[::2], clusters[1::2]
         proposals = []
         for source, (_, n, f) in enumerate(sources):
-            costs = [n * m / (n + m) * (f - g).square().sum().item() for _, m, g in targets] or [math.inf]
+            costs = [
+                (n * m) ** power / (n**power + m**power) * (f - g).square().sum().item() for _, m, g in targets
+            ] or [math.inf]
             costs = [math.inf if math.isnan(cost) else cost for cost in costs]
             proposals.append((min(costs), source, costs.index(min(costs))))
         merging = {source: target for _, source, target in sorted(proposals)[:count]}

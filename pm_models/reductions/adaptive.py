@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pm_kernels import SparseRows, match, merge_segments, transition
 
-from ..adaptive_plan import ROUNDS, AdaptivePlan
+from ..adaptive_plan import AdaptivePlan
 from ..attention import FusedAttention
 from .blocks import attends_apart, opening_norm, run_block
 from .rotary import RotaryPlaces
@@ -121,15 +121,15 @@ class AdaptiveReduction(nn.Module):
     def _merged(self, state: State, block: nn.Module, tokens: int) -> tuple[State, Tensor | None]:
         """The state with so many tokens, and the block's norm of them where it is known how to compute it."""
         x, update, sizes, _, members, places = state
-        prefix = self._plan.num_prefix_tokens
+        prefix, rounds, roots = self._plan.num_prefix_tokens, self._plan.rounds, self._plan.root_sizes
         if sizes is None:
             sizes = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         norm = opening_norm(block)
         if norm is None:
             x, update = (x if update is None else x + update), None
-            found = match(_compared(block, x.detach()), sizes, tokens, prefix, ROUNDS)
+            found = match(_compared(block, x.detach()), sizes, tokens, prefix, rounds, root_sizes=roots)
         else:
-            found = match(x, sizes, tokens, prefix, ROUNDS, update=update, norm=norm)
+            found = match(x, sizes, tokens, prefix, rounds, root_sizes=roots, update=update, norm=norm)
         if places is not None:
             segments = found.segments[:, prefix:] - prefix
             places = merge_segments(places.expand(len(x), -1, -1), segments, sizes[:, prefix:], tokens - prefix)

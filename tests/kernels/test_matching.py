@@ -21,6 +21,7 @@ def device(request):
         yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
 
+@pytest.mark.parametrize("root_sizes", [False, True], ids=["sizes", "roots"])
 @pytest.mark.parametrize(
     ("tokens", "width", "left", "prefix", "rounds"),
     [
@@ -40,13 +41,14 @@ def device(request):
     ],
     ids=lambda value: str(value),
 )
-def test_matching(device, tokens, width, left, prefix, rounds):
+def test_matching(device, tokens, width, left, prefix, rounds, root_sizes):
     torch.manual_seed(tokens)
     features = torch.randn(3, tokens, width)
     sizes = torch.randint(1, 6, (3, tokens)).float()
-    found = match_tokens(features.to(device), sizes.to(device), left, num_prefix_tokens=prefix, rounds=rounds)
+    options = {"num_prefix_tokens": prefix, "rounds": rounds, "root_sizes": root_sizes}
+    found = match_tokens(features.to(device), sizes.to(device), left, **options)
     segments, merged = (result.cpu() for result in found)
-    expected, expected_sizes = matched_one_by_one(features, sizes, left, prefix, rounds)
+    expected, expected_sizes = matched_one_by_one(features, sizes, left, prefix, rounds, root_sizes)
     assert segments.dtype == torch.int32
     assert torch.equal(segments, expected)
     assert torch.equal(merged, expected_sizes)
@@ -138,6 +140,7 @@ def test_the_sum_and_the_norm_before_a_match(device):
         ({"tokens": 2}, ValueError, "tokens must be between 3 and 9, got 2"),
         ({"tokens": 10}, ValueError, "tokens must be between 3 and 9, got 10"),
         ({"tokens": 4.0}, TypeError, "tokens must be a whole number, got float"),
+        ({"root_sizes": 1}, TypeError, "root_sizes must be a bool, got int"),
         ({"rounds": 0}, ValueError, "rounds must be at least 1, got 0"),
         ({"num_prefix_tokens": 10}, ValueError, "num_prefix_tokens must be between 0 and 9, got 10"),
     ],

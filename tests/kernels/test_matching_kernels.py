@@ -22,12 +22,16 @@ def arguments_for(batch, tokens, width, left, prefix=1, rounds=2, options="norm+
     norm = (*torch.randn(2, width).to(DEVICE), 1e-6) if "norm" in options else None
     update = update.to(DEVICE, dtype) if "update" in options else None
     sizes = torch.randint(1, 6, (batch, tokens)).float().to(DEVICE)
-    return Match(x.to(DEVICE, dtype), sizes, left, prefix, rounds, update, norm)
+    return Match(x.to(DEVICE, dtype), sizes, left, prefix, rounds, update, norm, "roots" in options)
+
+
+def options_of(call):
+    return {name: getattr(call, name) for name in ("update", "norm", "root_sizes")}
 
 
 def matched(call, name="triton"):
     with backend(name):
-        return match(*call[:5], update=call.update, norm=call.norm)
+        return match(*call[:5], **options_of(call))
 
 
 def tensors(matching):
@@ -38,7 +42,7 @@ def tensors(matching):
 def compare(call):
     """The kernel against the specification, and itself, and the matrix by column against what its rows make."""
     ours, again = matched(call), matched(call)
-    expected = reference.match(*call[:5], update=call.update, norm=call.norm)
+    expected = reference.match(*call[:5], **options_of(call))
     for result, repeated in zip(tensors(ours), tensors(again), strict=True):
         assert torch.equal(result, repeated)
     assert ours.matrix.by_column._fields == ByColumn._fields
@@ -51,7 +55,7 @@ def compare(call):
             assert torch.equal(result, value)
 
 
-@pytest.mark.parametrize("options", ["", "norm", "update", "norm+update"])
+@pytest.mark.parametrize("options", ["", "norm", "update", "norm+update", "roots", "norm+update+roots"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "left", "prefix", "rounds"),
     [(1, 1, 1, 1, 0, 1), (5, 9, 7, 5, 1, 2), (3, 67, 40, 30, 2, 2), (2, 33, 500, 12, 1, 3), (2, 4, 4, 4, 4, 2)],

@@ -27,14 +27,14 @@ from pm_models.measure import count_gmacs
 from pm_models.models import input_size, tokens_of
 
 
-def adaptive_plan(model, shares=(0.7, 0.6)):
+def adaptive_plan(model, shares=(0.7, 0.6), **options):
     """Merges in the first third and before the last block."""
     grid, depth, prefix = tuple(model.patch_embed.grid_size), len(model.blocks), model.num_prefix_tokens
     patches, merges = grid[0] * grid[1], {}
     for block, share in zip((depth // 3, depth - 1), shares, strict=True):
         patches = math.ceil(patches * share)
         merges[block] = prefix + patches
-    return AdaptivePlan(grid, depth, prefix, merges)
+    return AdaptivePlan(grid, depth, prefix, merges, **options)
 
 
 class MergingByHand(nn.Module):
@@ -55,7 +55,9 @@ class MergingByHand(nn.Module):
             if number in self.plan.merges:
                 tokens = self.plan.merges[number]
                 with torch.no_grad():
-                    segments, _ = matched_one_by_one(block.norm1(x), sizes[None], tokens, prefix, 2)
+                    segments, _ = matched_one_by_one(
+                        block.norm1(x), sizes[None], tokens, prefix, self.plan.rounds, self.plan.root_sizes
+                    )
                 step = torch.zeros(tokens, x.shape[1], dtype=x.dtype)
                 step[segments[0].long(), torch.arange(x.shape[1])] = 1
                 x = (step * sizes) @ x / (step @ sizes)[:, None]
@@ -98,7 +100,7 @@ def test_a_family(family, tmp_path):
     """What a user does with a model, in order; everything that is asserted holds for every family."""
     dense = FAMILIES[family]().double()
     images, targets = images_for(dense), torch.randint(0, max(dense.num_classes, 2), (3,))
-    plan = adaptive_plan(dense)
+    plan = adaptive_plan(dense, rounds=3, root_sizes=True)  # as a model's own plan
     model, oracle = compress(dense, plan), by_hand(dense, plan)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), oracle(images), rtol=1e-6, atol=1e-6)
@@ -126,6 +128,16 @@ def test_a_family(family, tmp_path):
         name = name.replace("blocks.", "blocks.0.blocks.")
         if expected[name].grad is not None:
             torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_rounds_and_weights_of_a_plan():
+    dense = small_vit(depth=6).double().eval()
+    images = images_for(dense)
+    for options in ({}, {"rounds": 1}, {"rounds": 3, "root_sizes": True}):
+        plan = adaptive_plan(dense, (0.6, 0.55), **options)
+        with torch.inference_mode():
+            expected = by_hand(dense, plan).forward_features(images)
+            torch.testing.assert_close(compress(dense, plan).forward_features(images), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_blocks_of_other_kinds():
@@ -224,12 +236,17 @@ def test_shares_out_of_reach():
 
 
 def test_plans_are_saved(tmp_path):
-    plan = AdaptivePlan((7, 5), 6, 2, {4: 12, 1: 25})
+    plan = AdaptivePlan((7, 5), 6, 2, {4: 12, 1: 25}, rounds=3, root_sizes=True)
     plan.save(tmp_path / "plan.json")
     assert AdaptivePlan.load(tmp_path / "plan.json") == plan
     assert plan.tokens == (37, 25, 25, 25, 12, 12)
     assert "7 x 5 patches" in repr(plan)
     assert hash(plan) == hash(AdaptivePlan.from_dict(plan.to_dict()))
+    assert plan.resize((4, 5)).rounds == 3
+    with pytest.raises(ValueError, match="rounds must be a whole number of at least 1, got 0"):
+        AdaptivePlan((7, 5), 6, 2, {}, rounds=0)
+    with pytest.raises(ValueError, match="root_sizes must be a bool, got 1"):
+        AdaptivePlan((7, 5), 6, 2, {}, root_sizes=1)
     with pytest.raises(ValueError, match="not a compression plan"):
         CompressionPlan.load(tmp_path / "plan.json")
 
