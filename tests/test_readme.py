@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_tables_are_the_result_files():
     assert report.with_tables(README) == README
-    assert len([section for section in report.SECTIONS if section.marker]) == README.count(" of bench/results -->") == 4
+    assert len([section for section in report.SECTIONS if section.marker]) == README.count(" of bench/results -->") == 5
 
 
 def test_the_three_lines_compress_a_model():
