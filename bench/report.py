@@ -7,6 +7,7 @@ edited after it was written, or measured on other kernels than these, is said to
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,13 +189,16 @@ FIDELITY_NOTE = (
 
 
 def training_note(template: str, content: dict) -> str:
-    """What was trained, or tried without, in a sentence or two."""
-    if "setting" not in content:
-        images = " and ".join(f"{count} images of {name}" for name, count in content["images"].items())
-        return template.format(**{**content, "images": images})
+    """What was trained, in a sentence or two."""
     setting = content["setting"]
     patches = (setting["image"] // setting["patch"]) ** 2
     return template.format(**{**content["dense_epochs"][-1], **setting, "patches": patches})
+
+
+def fidelity_note(content: dict) -> str:
+    """What was compared."""
+    images = " and ".join(f"{count} images of {name}" for name, count in content["images"].items())
+    return FIDELITY_NOTE.format(**{**content, "images": images})
 
 
 def model_settings(content: dict) -> Iterator[str]:
@@ -243,7 +247,7 @@ class Section(NamedTuple):
     file: str
     table: Callable[[dict], str]
     command: str = ""  # that writes the file, where it is not a suite's
-    note: str = ""  # a template of what was trained
+    note: Callable[[dict], str] | None = None  # what was done, in a sentence or two
     more: Callable[[dict], Iterable[str]] = lambda content: ()  # after the table
     pictures: tuple[Picture, ...] = ()
     marker: str = ""
@@ -253,7 +257,7 @@ class Section(NamedTuple):
         """The parts of the section about a device."""
         content, wrong = results.read(device / self.file)
         before = f"`{self.command}`. " if self.command else ""
-        before = f"`{self.command}`: {training_note(self.note, content)} " if self.note else before
+        before = f"`{self.command}`: {self.note(content)} " if self.note else before
         yield f"\n### {self.title}\n\n{before}{origin(content, wrong)}\n\n{self.table(content)}"
         yield from self.more(content)
         for picture in self.pictures:
@@ -265,7 +269,7 @@ class Section(NamedTuple):
         if device is None:
             return "Not measured yet.\n"
         content, wrong = results.read(device / self.file)
-        note = f"{training_note(self.note, content)} " if self.note else ""
+        note = f"{self.note(content)} " if self.note else ""
         text = f"{(self.summary or self.table)(content)}\n{note}{origin(content, wrong)}\n"
         text += "\nNo figure here was measured on a GPU.\n" if device.name == "cpu" else ""
         if note and self.pictures:
@@ -278,7 +282,9 @@ def _accuracy(file: str, options: str, picture: str, patches: str, **more: objec
     heading = f"Accuracy against speed on CIFAR-10, {patches} patches"
     pictures = (Picture("Accuracy against speed", picture, plots.accuracy_by_speed, heading),)
     command = f"python -m bench.accuracy DATA --work FOLDER{options}"
-    return Section("accuracy", file, accuracy_table, command, ACCURACY_NOTE, pictures=pictures, **more)
+    return Section(
+        "accuracy", file, accuracy_table, command, partial(training_note, ACCURACY_NOTE), pictures=pictures, **more
+    )
 
 
 ACCURACY_SECTION = _accuracy(
@@ -291,7 +297,8 @@ SECTIONS = (
     _accuracy(ACCURACY_14_FILE, " --setting cpu-14x14", "accuracy_14x14.png", "14 x 14"),
     Section(
         "segmentation", SEGMENTATION_FILE, segmentation_table,
-        "python -m bench.accuracy DATA --task segmentation --work FOLDER", SEGMENTATION_NOTE, marker="segmentation",
+        "python -m bench.accuracy DATA --task segmentation --work FOLDER",
+        partial(training_note, SEGMENTATION_NOTE), marker="segmentation",
         pictures=(
             Picture("What the models see", "segmentation.png"),
             Picture("The plan of keep rate 0.7", "segmentation_plan.png"),
@@ -299,7 +306,7 @@ SECTIONS = (
     ),
     Section(
         "fidelity", FIDELITY_FILE, fidelity_table,
-        "python -m bench.accuracy CIFAR CAMVID --task fidelity --work FOLDER", FIDELITY_NOTE, marker="fidelity",
+        "python -m bench.accuracy CIFAR CAMVID --task fidelity --work FOLDER", fidelity_note, marker="fidelity",
         summary=lambda content: fidelity_table(content, fewest=True),
     ),
     TRUST_SECTION,

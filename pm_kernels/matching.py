@@ -122,11 +122,8 @@ class Match(NamedTuple):
     def flops(self) -> int:
         """Floating-point operations of the products of sources with targets."""
         batch, tokens, width = self.x.shape
-        patches, products = tokens - self.num_prefix_tokens, 0
-        for merges in reference.merges_by_round(patches, self.tokens - self.num_prefix_tokens, self.rounds):
-            products += (patches - patches // 2) * (patches // 2)
-            patches -= merges
-        return 2 * batch * width * products
+        prefix = self.num_prefix_tokens
+        return 2 * batch * width * reference.pairs_compared(tokens - prefix, self.tokens - prefix, self.rounds)
 
 
 def match_tokens(

@@ -202,6 +202,15 @@ def merges_by_round(patches: int, left: int, rounds: int) -> list[int]:
     return merges
 
 
+def pairs_compared(patches: int, left: int, rounds: int) -> int:
+    """How many pairs of a source and a target the rounds of an image's match compare."""
+    pairs = 0
+    for merges in merges_by_round(patches, left, rounds):
+        pairs += (patches - patches // 2) * (patches // 2)
+        patches -= merges
+    return pairs
+
+
 def fewest_tokens(patches: int, rounds: int) -> int:
     """How few of ``patches`` can be left by a number of rounds."""
     return max(patches >> rounds, min(patches, 1))

@@ -1,11 +1,12 @@
 """When a model merges its tokens by what is in each image, and down to how many."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import nn
 
-from pm_kernels.reference import fewest_tokens, merges_by_round
+from pm_kernels.reference import fewest_tokens, pairs_compared
 
 from .plan import Plan, as_integer
 
@@ -125,24 +126,8 @@ class AdaptivePlan(Plan):
 
     def matching_macs(self, width: int) -> int:
         """Multiply-accumulates of the distances between tokens of a width, of one image."""
-        return sum(
-            (patches - patches // 2) * (patches // 2) * width
-            for before, after in self._steps()
-            for patches in self._rounds(before, after)
-        )
-
-    def _steps(self) -> Iterable[tuple[int, int]]:
-        """Patches before and after each merge."""
-        before = self.num_patches
-        for tokens in self.merges.values():
-            yield before, tokens - self.num_prefix_tokens
-            before = tokens - self.num_prefix_tokens
-
-    def _rounds(self, before: int, after: int) -> Iterable[int]:
-        """Patches before each round of a merge."""
-        for merges in merges_by_round(before, after, self.rounds):
-            yield before
-            before -= merges
+        patches = [self.num_patches, *(tokens - self.num_prefix_tokens for tokens in self.merges.values())]
+        return width * sum(pairs_compared(before, after, self.rounds) for before, after in pairwise(patches))
 
     def _fields(self) -> dict:
         merges = {str(block): tokens for block, tokens in self.merges.items()}
