@@ -9,6 +9,7 @@ measured last, in one process. With ``--only``, several processes can share the 
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from ..results import FOLDER
 from .camvid import CamVid
 from .cifar10 import Cifar10
 from .runs import CAMVID, CIFAR10, classification_runs, segmentation_runs
+
+if TYPE_CHECKING:
+    from .pretrained import Saliency
 
 IMAGES = (120, 80)  # test images of CIFAR-10 and of CamVid that answers are compared on
 
@@ -37,18 +41,18 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = options.setting or device
     if options.task == "fidelity":
-        from . import pretrained  # these alone need onnx
-        from .fidelity import Fidelity, fidelity_runs
+        from .fidelity import Fidelity, fidelity_runs  # this and what is pretrained alone need onnx
 
-        options.work.mkdir(parents=True, exist_ok=True)
-        model = pretrained.load(options.model or pretrained.fetch(options.work))
-        study = Fidelity(model, options.data, IMAGES, options.work, device)
+        study = Fidelity(_pretrained(options), options.data, IMAGES, options.work, device)
         runs, file = fidelity_runs(), "fidelity_pretrained"
     elif options.task == "segmentation":
         study = CamVid(CAMVID[name], options.data[0], options.work, device)
         runs, file = segmentation_runs(options.seeds), "segmentation_camvid"
     else:
-        study = Cifar10(CIFAR10[name], options.data[0], options.work, device)
+        setting, encoder = CIFAR10[name], None
+        if setting.pretrained:
+            encoder = _pretrained(options, setting.image).encoder
+        study = Cifar10(setting, options.data[0], options.work, device, encoder)
         runs, file = classification_runs(study.setting, options.seeds), "accuracy_cifar10"
     if not options.measure:
         for wanted in options.only or [""]:
@@ -58,6 +62,13 @@ def main() -> None:
     if not options.only:
         suffix = name.removeprefix(device).replace("-", "_")
         study.measure(options.results / device / f"{file}{suffix}.json", runs)
+
+
+def _pretrained(options: argparse.Namespace, *image: int) -> "Saliency":
+    from . import pretrained
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    return pretrained.load(options.model or pretrained.fetch(options.work), *image)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Classification of CIFAR-10."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -37,12 +38,20 @@ class Cifar10(Study):
     quality = "top1"
     make_scoring_loader = staticmethod(calibration_loader)
 
-    def __init__(self, setting: Setting, data: Path, work: Path, device: str) -> None:
+    def __init__(
+        self, setting: Setting, data: Path, work: Path, device: str, encoder: VisionTransformer | None = None
+    ) -> None:
         super().__init__(setting, work, device)
+        self.encoder = encoder  # to start from; a random one where there is none
         self.train_set, self.test_set = (open_dataset(data, split) for split in ("train", "validation"))
 
     def new_model(self) -> VisionTransformer:
-        return new_encoder(self.setting, num_classes=10)
+        if self.encoder is None:
+            return new_encoder(self.setting, num_classes=10)
+        model = copy.deepcopy(self.encoder)
+        torch.manual_seed(0)
+        model.reset_classifier(10, "token")
+        return model
 
     def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
         train = make_loader(
@@ -75,8 +84,8 @@ class Cifar10(Study):
 
     def peer(self, run: Run) -> nn.Module:
         if run.method == "smaller_images":
-            model = new_encoder(replace(self.setting, image=run.image), num_classes=10)
-            model.load_state_dict(checkpoint_filter_fn(self.dense.state_dict(), model))
+            model = copy.deepcopy(self.dense)
+            model.set_input_size(run.image)
             model.patch_embed = nn.Sequential(Smaller(model.patch_embed, run.image))
             return model
         merged = list(range(1, 2 * self.dense.patch_embed.num_patches // self.setting.depth))

@@ -26,6 +26,8 @@ from .. import results
 from ..machine import describe, versions
 from .runs import PRUNE_RATE, Run, Setting
 
+RECOVERY_STEPS = 100  # after so many the state of a training is kept, within its epochs too
+
 
 class Study(ABC):
     """The dense model of ``setting`` trained on some data, and the runs made of it.
@@ -107,6 +109,7 @@ class Study(ABC):
                 lr=self.setting.lr,
                 weight_decay=self.setting.weight_decay,
                 warmup_epochs=self.setting.warmup_epochs,
+                layer_decay=self.setting.layer_decay,
             )
             task = self.task(self.new_model(), None)
             epochs = self._fit(task, 0, recipe, self.work / "dense_state")
@@ -204,6 +207,7 @@ class Study(ABC):
             accelerator=self.accelerator,
             state_dir=state,
             evaluator=self.evaluate,
+            recovery_interval=RECOVERY_STEPS,
         )
 
     def _tested(self, model: nn.Module) -> float:
