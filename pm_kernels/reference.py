@@ -139,6 +139,8 @@ def transition(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm with statistics in float32 for half-precision rows; float64 stays float64."""
+    if weight.dtype == bias.dtype == x.dtype:  # PyTorch's own takes them so
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
@@ -173,18 +175,23 @@ def match(
     """Specification of :func:`pm_kernels.match`, with the same shapes."""
     wide, (batch, left, _) = torch.promote_types(x.dtype, torch.float32), x.shape
     with torch.no_grad():
-        state = x.to(wide) if update is None else x.to(wide) + update.to(wide)
-        features = compared = (state if norm is None else layer_norm(state, *norm)).to(x.dtype)
+        state = x if update is None else x.to(wide) + update
+        features = compared = _rounded(state if norm is None else layer_norm(state, *norm), x.dtype, wide)
         sizes = merged = sizes.to(wide)
         segments = torch.arange(left, device=x.device).expand(batch, -1)
         for index, merges in enumerate(merges_by_round(left - num_prefix_tokens, tokens - num_prefix_tokens, rounds)):
             if index > 0:
-                compared = token_mix(features.to(wide), means(segments, sizes, left, wide)).to(x.dtype)
+                compared = _rounded(token_mix(features, means(segments, sizes, left, wide)), x.dtype, wide)
             weights = merged.sqrt() if root_sizes else merged
-            segments = _match_once(compared.to(wide), weights, merges, num_prefix_tokens).gather(1, segments)
+            segments = _match_once(compared, weights, merges, num_prefix_tokens).gather(1, segments)
             left -= merges
             merged = segment_sums(sizes, segments, left)
         return Matching(segments.int(), merged, merged.log(), means(segments, sizes, tokens, x.dtype))
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+    """Numbers that ``dtype`` has, in ``wide``."""
+    return x.to(dtype).to(wide)
 
 
 def merges_by_round(patches: int, left: int, rounds: int) -> list[int]:
@@ -222,29 +229,31 @@ def _match_once(features: Tensor, weights: Tensor, merges: int, prefix: int) -> 
     places = torch.arange(count, device=features.device).expand(batch, -1)
     if count - prefix < 2:
         return places
+    lengths = torch.linalg.vector_norm(features, dim=-1).square()
+    lengths = lengths[:, prefix::2, None] + lengths[:, None, prefix + 1 :: 2]
     sources, targets = features[:, prefix::2], features[:, prefix + 1 :: 2]
-    lengths = sources.square().sum(dim=-1).unsqueeze(2) + targets.square().sum(dim=-1).unsqueeze(1)
-    distances = lengths - 2 * (sources @ targets.mT)
+    cost = torch.baddbmm(lengths, sources, targets.mT, alpha=-2)
     # What is lost in rounding is no distance: tokens that are equal merge by their places.
-    distances = distances.masked_fill(distances < 8 * torch.finfo(features.dtype).eps * lengths, 0.0)
+    cost.masked_fill_(cost < lengths.mul_(8 * torch.finfo(features.dtype).eps), 0.0)
     source, target = weights[:, prefix::2, None], weights[:, None, prefix + 1 :: 2]
-    cost = distances * (source * target / (source + target))
-    cheapest, partner = cost.masked_fill(cost.isnan(), torch.inf).min(dim=-1)
-    stays = _ranks(cheapest) >= merges
+    cost.mul_((source * target).div_(source + target)).nan_to_num_(torch.inf, torch.inf)
+    cheapest, partner = cost.min(dim=-1)
+    stays = _not_among_least(cheapest, merges)
     staying = prefix + cheapest.shape[1] - merges
-    of_sources = torch.where(stays, prefix + stays.cumsum(dim=1) - 1, staying + partner)
+    of_sources = torch.where(stays, stays.cumsum(dim=1) + (prefix - 1), partner + staying)
     of_targets = F.pad(places[:, : targets.shape[1]] + staying, (0, (count - prefix) % 2))
     alternating = torch.stack([of_sources, of_targets], dim=2).flatten(1)[:, : count - prefix]
     return torch.cat([places[:, :prefix], alternating], dim=1)
 
 
-def _ranks(costs: Tensor) -> Tensor:
-    """Of each of the costs (B, E) in its row, from the lowest on; of equal ones the first is the lower."""
+def _not_among_least(costs: Tensor, count: int) -> Tensor:
+    """Whether each of the costs (B, E) is none of its row's ``count`` lowest; of equal ones the first is the lower."""
     if not torch.compiler.is_exporting():
-        return costs.argsort(dim=1, stable=True).argsort(dim=1)
+        stays = torch.ones_like(costs, dtype=torch.bool)
+        return stays.scatter_(1, costs.argsort(dim=1, stable=True)[:, :count], False)
     place = torch.arange(costs.shape[1], device=costs.device)
     other, own = costs.unsqueeze(1), costs.unsqueeze(2)
-    return ((other < own) | ((other == own) & (place < place.unsqueeze(1)))).sum(dim=2)
+    return ((other < own) | ((other == own) & (place < place.unsqueeze(1)))).sum(dim=2) >= count
 
 
 def segment_sums(sizes: Tensor, segments: Tensor, tokens: int) -> Tensor:

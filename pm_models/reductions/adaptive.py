@@ -10,7 +10,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pm_kernels import SparseRows, match, merge_segments, transition
+from pm_kernels import SparseRows, match, merge_segments, runtime, transition
 
 from ..adaptive_plan import AdaptivePlan
 from ..attention import FusedAttention
@@ -95,6 +95,7 @@ class AdaptiveReduction(nn.Module):
         grid = grid or self._plan.grid
         planned = self._plan.tokens_of(x.shape[1] - prefix)
         call = checkpoint if checkpointing and torch.is_grad_enabled() else None
+        fused = runtime.target(x) is not None  # or what merges would be summed twice: to match, and to mix
         state = State(x, places=None if rope is None else self.positions.places(grid, rope))
         for number, (block, tokens) in enumerate(zip(blocks, planned, strict=False)):
             normed = None
@@ -107,7 +108,7 @@ class AdaptiveReduction(nn.Module):
                 normed=normed,
                 rows=prefix if last and readout == "prefix" and not maps and attends_apart(block) else None,
                 # A step that is computed again keeps its inputs, of which one is less than two.
-                apart=(last or planned[number + 1] < tokens) and number not in maps and call is None,
+                apart=(last or (fused and planned[number + 1] < tokens)) and number not in maps and call is None,
                 given=self._given(block, state, rope, grid, number),
             )
             x, update = step(state.x) if call is None else call(step, state.x)
