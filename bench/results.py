@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import statistics
 import tokenize
 from pathlib import Path
@@ -42,7 +43,10 @@ def read(path: Path) -> tuple[dict, str]:
 
 
 def means(records: list[dict], quality: str = "top1") -> dict[str, dict]:
-    """Each model of a study by name, with the means of its seeds after and before fine-tuning; variants last."""
+    """Each model of a study by name, with the means of its seeds after and before fine-tuning; variants last.
+
+    The first, ``quality``, is not a number where it was not fine-tuned.
+    """
     groups: dict[str, list[dict]] = {}
     for record in records:
         parts = [record["method"].replace("_", " ")]
@@ -55,7 +59,7 @@ def means(records: list[dict], quality: str = "top1") -> dict[str, dict]:
         name: {
             **{key: found[0][key] for key in _OF_A_MODEL if key in found[0]},
             "name": name,
-            "quality": statistics.mean(record[quality] for record in found),
+            "quality": statistics.mean(record.get(quality, math.nan) for record in found),
             "before": statistics.mean(record[f"{quality}_before"] for record in found),
             "seeds": len(found),
         }

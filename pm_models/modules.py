@@ -15,14 +15,12 @@ def is_touched(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or "forward" in own
         or own.get("_compiled_call_impl")
-        or _has_global_hook()
+        or (registry._has_any_global_hook() and _has_global_hook())
     )
 
 
 def _has_global_hook() -> bool:
     """Whether a hook is on all modules, but for those by which torch's FLOP counter follows what really runs."""
-    if not registry._has_any_global_hook():
-        return False
     kinds = (
         registry._global_forward_pre_hooks,
         registry._global_forward_hooks,

@@ -1,15 +1,17 @@
 """The study of accuracy against speed: every kind of run, on a handful of images, and what the report makes of it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bench import report, results
 from bench.accuracy.camvid import CLASSES, CamVid
 from bench.accuracy.cifar10 import Cifar10
-from bench.accuracy.runs import CAMVID, CIFAR10, Run, Setting, classification_runs, segmentation_runs
+from bench.accuracy.runs import CAMVID, CIFAR10, Run, Setting, classification_runs, new_encoder, segmentation_runs
 from pm_models import PMVisionTransformer
 from pm_models.measure import count_gmacs
 
@@ -125,6 +127,40 @@ def test_a_study_from_training_to_the_report(study, tmp_path, monkeypatch, capsy
     report.ACCURACY_SECTION.pictures[0].save(content["records"], tmp_path)
     assert (tmp_path / "accuracy.png").is_file()
     assert json.loads(path.read_text())["setting"]["width"] == 16
+
+
+def test_a_pretrained_model_is_compressed_before_anything_is_trained(root, tmp_path, monkeypatch):
+    """From an encoder that is there; what was not fine-tuned has no figure for it."""
+    setting = replace(TINY, pretrained=True, tune_images=9)
+    encoder = new_encoder(TINY, num_classes=0)
+    study = Cifar10(setting, root / "data", tmp_path / "work", "cpu", encoder)
+    fresh = study.new_model()
+    assert fresh.num_classes == 10
+    assert all(
+        torch.equal(weight, encoder.state_dict()[name])
+        for name, weight in fresh.state_dict().items()
+        if not name.startswith("head.")
+    )
+    runs = [run for run in classification_runs(setting, 1) if run.keep_rate in (None, 0.6)]
+    assert [run.method for run in runs] == ["dense", "adaptive", "prune_and_merge", "tome", "evit", "merge_and_carry"]
+    for run in runs:
+        study.test(run)
+    for run in runs[:2]:
+        study.do(run)
+    assert len(study.loaders(0, setting.tune_images)[0]) == 1  # of 8; the ninth makes no batch
+    monkeypatch.setattr("bench.accuracy.study.describe", lambda _: {"device": "cpu: x", "threads": 1})
+    path = tmp_path / "cpu" / report.PRETRAINED_FILE
+    study.measure(path, runs, rounds=1)
+    content, _ = results.read(path)
+    ours = {record["method"]: record["gmacs"] for record in content["records"]}
+    assert ours["adaptive"] <= ours["prune_and_merge"]
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in report.pretrained_table(content).splitlines()}
+    assert rows["adaptive 0.6"][5].endswith("%")
+    assert rows["tome 0.6"][5].strip() == ""
+    assert rows["dense"][4] == "+0.00"
+    for picture in report.SECTIONS[0].pictures:
+        picture.save(content["records"], tmp_path)
+        assert (tmp_path / picture.file).is_file()
 
 
 def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):

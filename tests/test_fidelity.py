@@ -204,14 +204,14 @@ def test_images_are_the_middle_of_what_is_there(study, data):
 def test_a_study_from_its_runs_to_the_file(study, tmp_path, monkeypatch):
     runs = [FidelityRun("dense"), *(FidelityRun(method, 0.7) for method in METHODS)]
     for run in runs:
-        study.do(run)
+        study.test(run)
     scores = study.scores
     assert scores.shape == (4, SIDE**2)
     assert scores.min() >= 0
     assert scores.amax(1).min() > 0
     monkeypatch.setattr(study, "match", None)
     for run in runs:
-        study.do(run)  # nothing is done twice
+        study.test(run)  # nothing is done twice
     monkeypatch.setattr("bench.accuracy.fidelity.describe", lambda _: {"device": "cpu: x", "threads": 1})
     path = tmp_path / "cpu" / "fidelity_pretrained.json"
     study.measure(path, [*runs, FidelityRun("tome", 0.8)], rounds=1)

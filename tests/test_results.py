@@ -129,8 +129,9 @@ def test_the_report_is_that_of_the_files():
 
 
 def test_plots_are_drawn(tmp_path):
-    drawn = [(section, picture) for section in report.SECTIONS for picture in section.pictures if picture.draw]
-    assert len(drawn) == 6
+    measured = [section for section in report.SECTIONS if (results.FOLDER / "cpu" / section.file).exists()]
+    drawn = [(section, picture) for section in measured for picture in section.pictures if picture.draw]
+    assert len(drawn) >= 6
     for section, picture in drawn:
         records = json.loads((results.FOLDER / "cpu" / section.file).read_text())["records"]
         picture.save(records, tmp_path)

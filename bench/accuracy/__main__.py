@@ -55,10 +55,11 @@ def main() -> None:
         study = Cifar10(setting, options.data[0], options.work, device, encoder)
         runs, file = classification_runs(study.setting, options.seeds), "accuracy_cifar10"
     if not options.measure:
-        for wanted in options.only or [""]:
-            for run in runs:
-                if run.name.startswith(wanted):
-                    study.do(run)
+        chosen = [run for wanted in options.only or [""] for run in runs if run.name.startswith(wanted)]
+        for run in chosen:
+            study.test(run)
+        for run in chosen:
+            study.do(run)
     if not options.only:
         suffix = name.removeprefix(device).replace("-", "_")
         study.measure(options.results / device / f"{file}{suffix}.json", runs)

@@ -9,7 +9,7 @@ from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pm_models import CompressionPlan, Segmenter
+from pm_models import AdaptivePlan, CompressionPlan, Segmenter
 from pm_models.models import input_size
 from pm_models.segmentation import (
     Sample,
@@ -27,7 +27,7 @@ from pm_models.visualize import save_plan_picture, save_segmentation_picture
 from ..memory import activation_bytes
 from ..peers import local_merge, matched
 from .runs import Run, Setting, new_encoder
-from .study import Study
+from .study import Study, part
 
 CLASSES, VOID = 11, 11
 DRAWN = (Run("dense"), Run("prune_and_merge", 0.7), Run("merge_and_carry", 0.7), Run("local_merge", 0.7))
@@ -51,10 +51,10 @@ class CamVid(Study):
     def new_model(self) -> Segmenter:
         return Segmenter(new_encoder(self.setting, num_classes=0), CLASSES, decoder_depth=self.setting.decoder_depth)
 
-    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
+    def loaders(self, seed: int, images: int | None = None) -> tuple[DataLoader, DataLoader]:
         like = self.new_model()
         train = make_training_loader(
-            self.train_set,
+            part(self.train_set, images),
             like,
             batch_size=self.setting.batch,
             workers=1,
@@ -76,7 +76,7 @@ class CamVid(Study):
         found = evaluate_segmentation(model, loader, accelerator=accelerator)
         return {"top1": found.aacc, **found._asdict()}
 
-    def compress(self, plan: CompressionPlan, **options: object) -> Segmenter:
+    def compress(self, plan: CompressionPlan | AdaptivePlan, **options: object) -> Segmenter:
         return self.dense.compressed(plan, **options)
 
     def peer(self, run: Run) -> Segmenter:

@@ -11,14 +11,14 @@ from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pm_models import CompressionPlan, PMVisionTransformer, compress
+from pm_models import AdaptivePlan, CompressionPlan, PMVisionTransformer, compress
 from pm_models.data import calibration_loader, make_loader, open_dataset
 from pm_models.training import classification_task, distillation_task, evaluate
 
 from ..models import RATES
 from ..peers import evit, matched, tome
 from .runs import Run, Setting, new_encoder
-from .study import Study
+from .study import Study, part
 
 
 class Smaller(nn.Module):
@@ -53,9 +53,9 @@ class Cifar10(Study):
         model.reset_classifier(10, "token")
         return model
 
-    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
+    def loaders(self, seed: int, images: int | None = None) -> tuple[DataLoader, DataLoader]:
         train = make_loader(
-            self.train_set,
+            part(self.train_set, images),
             self.new_model(),
             batch_size=self.setting.batch,
             workers=1,
@@ -79,7 +79,7 @@ class Cifar10(Study):
     def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]:
         return evaluate(model, loader, accelerator=accelerator)
 
-    def compress(self, plan: CompressionPlan, **options: object) -> PMVisionTransformer:
+    def compress(self, plan: CompressionPlan | AdaptivePlan, **options: object) -> PMVisionTransformer:
         return compress(self.dense, plan, **options)
 
     def peer(self, run: Run) -> nn.Module:

@@ -16,7 +16,8 @@ class Setting:
     """The dense model, how it is trained, and how it and all that is made of it are fine-tuned.
 
     Images are in pixels, ``lr`` and ``tune_lr`` peaks of AdamW before a cosine to 0, and ``layer_decay`` is of ``lr``.
-    ``pretrained`` means the encoder of :mod:`.pretrained`, whose patch, width, depth and heads these are.
+    ``tune_images`` is how many of the training images are fine-tuned on, ``None`` all. ``pretrained`` means the encoder
+    of :mod:`.pretrained`, whose patch, width, depth and heads these are.
     """
 
     image: int
@@ -37,6 +38,7 @@ class Setting:
     decoder_depth: int = 2
     pretrained: bool = False
     layer_decay: float | None = None
+    tune_images: int | None = None
 
 
 def new_encoder(setting: Setting, num_classes: int) -> VisionTransformer:
@@ -62,7 +64,7 @@ CIFAR10 = {
     # 100 patches as 10 x 10, of images made larger: what one core fine-tunes in two hours.
     "cpu-pretrained": Setting(
         image=140, patch=14, width=384, depth=12, heads=6, batch=64, epochs=2, lr=1e-4, tune_epochs=1, tune_lr=1e-5,
-        warmup_epochs=0, pretrained=True, layer_decay=0.75,
+        warmup_epochs=0, pretrained=True, layer_decay=0.75, tune_images=10_000,
     ),
     # The same patches, and the width and depth of DeiT-S.
     "cuda": Setting(
@@ -98,8 +100,8 @@ class Run:
     """One model made of the dense one, measured, fine-tuned, and measured again.
 
     ``method`` is ``dense``, ``prune_and_merge``, ``merge_and_carry`` (the same with :data:`CARRYING`),
-    ``random_scores``, ``smaller_images``, ``tome``, ``evit`` or ``local_merge``. The last three get the GMACs of
-    ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are arguments of
+    ``random_scores``, ``smaller_images``, ``adaptive``, ``tome``, ``evit`` or ``local_merge``. The last four get the
+    GMACs of ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are arguments of
     ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
     """
 
@@ -138,7 +140,12 @@ def segmentation_runs(seeds: int) -> list[Run]:
 
 
 def classification_runs(setting: Setting, seeds: int) -> list[Run]:
-    """The curve first, then what it is compared with, the variants, and the same once more for every other seed."""
+    """The curve first, then what it is compared with, the variants, and the same once more for every other seed.
+
+    Of a pretrained model, the same GMACs by every method.
+    """
+    if setting.pretrained:
+        return [run for seed in range(seeds) for run in _methods(seed)]
     return [
         *_curve(0),
         *_carrying(KEEP_RATES, 0),
@@ -147,6 +154,21 @@ def classification_runs(setting: Setting, seeds: int) -> list[Run]:
         *(run for seed in range(1, seeds) for run in (*_curve(seed), *_carrying(KEEP_RATES, seed))),
         *(run for seed in range(1, seeds) for run in _peers(setting, seed)),
     ]
+
+
+def _methods(seed: int) -> list[Run]:
+    of_rate = (
+        run
+        for rate in (0.7, 0.8, 0.6)
+        for run in (
+            Run("adaptive", rate, seed=seed),
+            Run("prune_and_merge", rate, seed=seed),
+            Run("tome", rate, seed=seed),
+            Run("evit", rate, seed=seed),
+            *_carrying((rate,), seed),
+        )
+    )
+    return [Run("dense", seed=seed), *of_rate]
 
 
 def _carrying(rates: tuple[float, ...], seed: int) -> list[Run]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from pm_models import CompressionPlan, load_pretrained, save_pretrained, score_tokens
+from pm_models import AdaptivePlan, CompressionPlan, load_pretrained, save_pretrained, score_tokens
 from pm_models.files import write_atomically
 from pm_models.measure import alternate, count_gmacs
 from pm_models.models import encoder_of, input_size
@@ -27,6 +27,19 @@ from ..machine import describe, versions
 from .runs import PRUNE_RATE, Run, Setting
 
 RECOVERY_STEPS = 100  # after so many the state of a training is kept, within its epochs too
+
+
+class Part(Subset):
+    """Some images of a data set; the transform is the data set's."""
+
+    transform = property(
+        lambda self: self.dataset.transform, lambda self, transform: setattr(self.dataset, "transform", transform)
+    )
+
+
+def part(dataset: Dataset, images: int | None) -> Dataset:
+    """So many images, evenly over the data set; ``None``: all."""
+    return dataset if images is None else Part(dataset, [index * len(dataset) // images for index in range(images)])
 
 
 class Study(ABC):
@@ -49,8 +62,8 @@ class Study(ABC):
         """The dense model before training."""
 
     @abstractmethod
-    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
-        """Training images augmented and shuffled by ``seed``, and images to follow the training by."""
+    def loaders(self, seed: int, images: int | None = None) -> tuple[DataLoader, DataLoader]:
+        """All training images, or so many, augmented and shuffled by ``seed``, and images to follow the training by."""
 
     @abstractmethod
     def test_loader(self) -> DataLoader: ...
@@ -67,7 +80,7 @@ class Study(ABC):
     def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]: ...
 
     @abstractmethod
-    def compress(self, plan: CompressionPlan, **options: object) -> nn.Module:
+    def compress(self, plan: CompressionPlan | AdaptivePlan, **options: object) -> nn.Module:
         """The dense model by a plan."""
 
     @abstractmethod
@@ -126,29 +139,28 @@ class Study(ABC):
             torch.save(score_tokens(self.dense, self.scoring_loader(), batches=batches, loss_fn=self.loss), path)
         return torch.load(path, weights_only=True)
 
+    def test(self, run: Run) -> None:
+        """Measure the run's model with no training; nothing where this was done before."""
+        if not self._record(run).is_file():
+            before = self._tested(self.build(run))
+            print(f"{run.name}: {before:.2f}% before fine-tuning", flush=True)
+            self._write(run, {**asdict(run), f"{self.quality}_before": before, **versions()})
+
     def do(self, run: Run) -> None:
         """Measure, fine-tune, measure; nothing where this was done before."""
-        path = self._record(run)
-        if path.is_file():
+        self.test(run)
+        record = self._read(run)
+        if self.quality in record:
             return
         print(f"== {run.name}", flush=True)
-        model = self.build(run)
-        before = self._tested(model)
         recipe = Recipe(epochs=self.setting.tune_epochs, lr=self.setting.tune_lr, weight_decay=1e-3, seed=run.seed)
-        state, start = self.work / f"{path.stem}_state", time.perf_counter()
-        task = self.task(model, copy.deepcopy(self.dense))
-        epochs = self._fit(task, run.seed, recipe, state)
+        state, start = self.work / f"{self._record(run).stem}_state", time.perf_counter()
+        task = self.task(self.build(run), copy.deepcopy(self.dense))
+        epochs = self._fit(task, run.seed, recipe, state, self.setting.tune_images)
         tuned = task.trainable_module.eval()
         self.finished(run, tuned)
-        record = {
-            **asdict(run),
-            f"{self.quality}_before": before,
-            self.quality: self._tested(tuned),
-            "epochs": [asdict(epoch) for epoch in epochs],
-            "seconds": time.perf_counter() - start,
-            **versions(),
-        }
-        write_atomically(path, json.dumps(record, indent=1).encode())
+        tested = {self.quality: self._tested(tuned), "epochs": [asdict(epoch) for epoch in epochs]}
+        self._write(run, record | tested | {"seconds": time.perf_counter() - start, **versions()})
         for folder in (state, state.with_name(f"{state.name}.old")):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -157,6 +169,10 @@ class Study(ABC):
         torch.manual_seed(run.seed)
         if run.method == "dense":
             return copy.deepcopy(self.dense)
+        if run.method == "adaptive":
+            share = self.gmacs(run) / count_gmacs(self.dense, input_size(self.dense))
+            plan = AdaptivePlan.for_model(self.dense, share)
+            return self.compress(plan).eval().to(self.accelerator.device)
         if run.method in ("prune_and_merge", "merge_and_carry", "random_scores"):
             return self.compress(self.plan(run), **run.compress).eval().to(self.accelerator.device)
         return self.peer(run).eval().to(self.accelerator.device)
@@ -191,18 +207,17 @@ class Study(ABC):
         records = []
         for run in done:
             first = replace(run, seed=0).name
-            record = json.loads(self._record(run).read_text(encoding="utf-8"))
-            record |= {"name": run.name, **found[first], "speedup": dense / medians[first]}
+            record = self._read(run) | {"name": run.name, **found[first], "speedup": dense / medians[first]}
             records.append(record | {"images_per_second": len(images) / medians[first]})
         epochs = json.loads(self._dense_epochs.read_text(encoding="utf-8"))
         facts = {**describe(device.type), "setting": asdict(self.setting), "dense_epochs": epochs}
         results.write(path, facts, records)
         self.draw(path.parent)
 
-    def _fit(self, task: TrainingTask, seed: int, recipe: Recipe, state: Path) -> list:
+    def _fit(self, task: TrainingTask, seed: int, recipe: Recipe, state: Path, images: int | None = None) -> list:
         return fit(
             task,
-            *self.loaders(seed),
+            *self.loaders(seed, images),
             recipe,
             accelerator=self.accelerator,
             state_dir=state,
@@ -215,3 +230,9 @@ class Study(ABC):
 
     def _record(self, run: Run) -> Path:
         return self.work / "runs" / f"{run.name.replace(' ', '_')}.json"
+
+    def _read(self, run: Run) -> dict:
+        return json.loads(self._record(run).read_text(encoding="utf-8"))
+
+    def _write(self, run: Run, record: dict) -> None:
+        write_atomically(self._record(run), json.dumps(record, indent=1).encode())

@@ -42,7 +42,7 @@ def opening_norm(block: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     norm = block.norm1
     if type(norm) not in (nn.LayerNorm, LayerNorm) or is_touched(norm) or len(norm.normalized_shape) != 1:
         return None
-    weight, bias = (norm._parameters.get(name) for name in ("weight", "bias"))
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     return (weight, bias, norm.eps) if _is_plain(weight) and _is_plain(bias) else None
 
 
