@@ -33,7 +33,7 @@ TOGETHER = {  # files whose tests one process runs, by what they share
     "test_accuracy.py": "studies",
 }
 _OPTIONS = {"deadline": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
-settings.register_profile("few", max_examples=20, derandomize=True, **_OPTIONS)
+settings.register_profile("few", max_examples=10, derandomize=True, **_OPTIONS)
 settings.register_profile("many", max_examples=int(os.environ.get("PM_VIT_CASES", "1000")), **_OPTIONS)
 
 
