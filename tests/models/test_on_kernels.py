@@ -1,6 +1,7 @@
 """Compressed models on the Triton kernels, on a GPU or in Triton's interpreter, and what a training step keeps."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.memory import activation_bytes
 from pm_kernels import SparseRows, backend
-from pm_models import compress
+from pm_models import AdaptivePlan, compress
 
 skip_without_kernels()
 pytestmark = ON_KERNELS
@@ -21,6 +22,11 @@ POOLS = {
     "average after norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 3},
     "average without norm": {"global_pool": "avg", "final_norm": False},
 }
+
+WITHOUT_LAUNCH = {  # views, and memory that nothing is written to
+    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "permute", "promote_types", "select",
+    "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias",
+}  # fmt: skip
 
 
 def compressed_vit(train_matrices="support", stages=None, **arguments):
@@ -111,6 +117,27 @@ def test_between_blocks_there_is_one_operator_and_no_full_map(training):
     # Three blocks have one sum and one norm left; the last one computes the prefix alone.
     rows = [name for name, shapes in after if shapes and len(shapes[0]) == 3 and shapes[0][1] > 1]
     assert rows.count("add") == rows.count("native_layer_norm") == 3
+
+
+@pytest.mark.parametrize("readout", ["forward", "forward_features"])
+def test_a_merge_adds_at_most_two_launches(readout):
+    """A match, a transition and what composes the segments, for the sum and the norm that a transition has in it."""
+    dense = small_vit(depth=6).to(DEVICE).eval()
+    patches, prefix = dense.patch_embed.num_patches, dense.num_prefix_tokens
+    images = images_for(dense).to(DEVICE)
+    counted = []
+    for blocks in ((), (1,), (1, 3), (1, 3, 4)):
+        merges = {block: prefix + patches - 2 * (index + 1) for index, block in enumerate(blocks)}
+        model = compress(dense, AdaptivePlan(dense.patch_embed.grid_size, 6, prefix, merges)).eval()
+        with torch.no_grad(), backend("triton"), Recorded() as recorded:
+            getattr(model, readout)(images)
+        names = [name for name, _ in recorded.calls]
+        assert names.count("match") == len(blocks)
+        counted.append(sum(name not in WITHOUT_LAUNCH for name in names))
+    first, *others = (after - before for before, after in pairwise(counted))
+    # The first one also sets out the sizes, and for a full map the rows that every token is to read.
+    assert first <= (1 if readout == "forward" else 4)
+    assert all(added <= 2 for added in others)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
