@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from torch import nn
 
-from pm_kernels.reference import fewest_tokens, pairs_compared
+from pm_kernels.reference import fewest_tokens
 
 from .plan import Plan, as_integer
 
@@ -123,11 +122,6 @@ class AdaptivePlan(Plan):
         grid = tuple(grid)
         tokens = self.tokens_of(grid[0] * grid[1])
         return replace(self, grid=grid, merges={block: tokens[block] for block in self.merges})
-
-    def matching_macs(self, width: int) -> int:
-        """Multiply-accumulates of the distances between tokens of a width, of one image."""
-        patches = [self.num_patches, *(tokens - self.num_prefix_tokens for tokens in self.merges.values())]
-        return width * sum(pairs_compared(before, after, self.rounds) for before, after in pairwise(patches))
 
     def _fields(self) -> dict:
         merges = {str(block): tokens for block, tokens in self.merges.items()}
