@@ -145,8 +145,24 @@ class Compressed(nn.Module):
         """timm's ``forward_intermediates``: the full token map after each block asked for."""
         refuse_masks(kwargs.pop("attn_mask", None), kwargs.pop("is_causal", False))
         taken, _ = feature_take_indices(len(self.blocks), indices)
-        blocks = _CapturingBlocks(self, taken, len(self.blocks), self._checked_grid(x))
+        blocks = _CapturingBlocks(self, taken, len(self.blocks), self.grid_of(x))
         return self.plain_class.forward_intermediates(self._around(blocks), x, indices, *args, **kwargs)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """The (rows, columns) of the images' patches.
+
+        Raises:
+            ValueError: it is not that of a CompressionPlan, though it may have as many patches.
+        """
+        if not hasattr(self.patch_embed, "dynamic_feat_size"):
+            return self.plan.grid
+        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        if grid != self.plan.grid and not self.compression.adaptive:
+            raise ValueError(
+                f"the images give {grid[0] * grid[1] + self.num_prefix_tokens} tokens, but the plan was made for a "
+                f"grid of {self.plan.grid}, not {grid}; make a plan for that size (plan.resize)"
+            )
+        return grid
 
     @torch.no_grad()
     def clusters(self, images: Tensor) -> dict[int, Tensor]:
@@ -208,7 +224,7 @@ class Compressed(nn.Module):
 
     def _features(self, readout: str, x: Tensor, **filled: dict) -> Tensor:
         """Images to the normalised rows of ``readout``, by timm's ``forward_features``."""
-        blocks = _AllBlocks(self, partial(self._run, grid=self._checked_grid(x), readout=readout, **filled))
+        blocks = _AllBlocks(self, partial(self._run, grid=self.grid_of(x), readout=readout, **filled))
         return self.plain_class.forward_features(self._around(blocks), x)
 
     def _around(self, blocks: "_AllBlocks | _CapturingBlocks") -> Rewired:
@@ -217,18 +233,6 @@ class Compressed(nn.Module):
         ``rope_mixed`` would hand each block its own part of the rotary table, but it is one call that runs them all.
         """
         return Rewired(self, blocks=blocks, grad_checkpointing=False, rope_mixed=False)
-
-    def _checked_grid(self, images: Tensor) -> tuple[int, int]:
-        """The images' grid, refused where it is not a CompressionPlan's, though it may have as many patches."""
-        if not hasattr(self.patch_embed, "dynamic_feat_size"):
-            return self.plan.grid
-        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
-        if grid != self.plan.grid and not self.compression.adaptive:
-            raise ValueError(
-                f"the images give {grid[0] * grid[1] + self.num_prefix_tokens} tokens, but the plan was made for a "
-                f"grid of {self.plan.grid}, not {grid}; make a plan for that size (plan.resize)"
-            )
-        return grid
 
     def _static(self) -> StaticReduction:
         if self.compression.adaptive:

@@ -29,7 +29,7 @@ from ..segmenter import Segmenter
 from ..training import Recipe, fit, make_accelerator
 from ..training.state import flat_settings, refuse_other_settings
 from ..vision_transformer import PlainModel, check_vision_transformer
-from ..visualize import save_accuracy_picture, save_plan_picture
+from ..visualize import save_accuracy_picture, save_cluster_picture, save_plan_picture
 from .arguments import options_of
 from .options import DEFAULT_TASK, Command, Compress, CompressionOptions, Eval, Finetune, ModelOptions, Train
 from .tasks import TASKS, Task
@@ -317,15 +317,17 @@ def _throughput(task: Task, models: dict[str, Model]) -> dict[str, float]:
 
 
 def _save_pictures(task: Task, models: dict[str, Model], eval_set: Dataset, rows: dict[str, dict]) -> None:
-    """Predictions, the plan over sample images, and accuracy against throughput, where there are any."""
+    """Predictions, the plan or what merges on sample images, and accuracy against throughput, where there are any."""
     model, output = models[task.options.command], task.options.output
     task.save_predictions(eval_set, models, _PICTURED_IMAGES, output / "predictions.png")
     compression = compression_of(model)
     if compression is None:
         return
-    samples = () if compression.adaptive else task.samples(eval_set, model, _PICTURED_IMAGES)
-    for index, image in enumerate(samples, 1):
-        save_plan_picture(compression.plan, output / f"plan-{index}.png", image)
+    for index, sample in enumerate(task.samples(eval_set, model, _PICTURED_IMAGES), 1):
+        if compression.adaptive:
+            save_cluster_picture(model, output / f"merging-{index}.png", sample.image, sample.picture)
+        else:
+            save_plan_picture(compression.plan, output / f"plan-{index}.png", sample.picture)
     points = {name: (row["images_per_second"], row[task.quality]) for name, row in rows.items()}
     save_accuracy_picture(points, output / "accuracy.png", quality=task.quality_name)
 

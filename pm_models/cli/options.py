@@ -419,11 +419,11 @@ class Show:
     """Draw what each block keeps, merges and prunes.
 
     The plan is printed, and a picture shows which patches are kept, merged (outlined) and pruned, over images where
-    some are given.
+    some are given. Of a model that merges adaptively it shows, for each image, what has merged before which block.
     """
 
     plan: Path = option("plan.json, or a folder saved by pm-vit", positional="PLAN")
-    images: tuple[Path, ...] = option("drawn under the patches, a picture each", (), positional="IMAGE", nargs="*")
+    images: tuple[Path, ...] = option("to draw, a picture each", (), positional="IMAGE", nargs="*")
     output: Path = option("picture to write, numbered where several", Path("plan.png"))
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.task.task import TrainingTask
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import (
+    Sample,
     SegmentationImages,
     calibration_loader,
     check_classes,
@@ -129,9 +129,9 @@ class Classification(_Task):
             f"{measures['images']} images"
         )
 
-    def samples(self, dataset: Dataset, model: PlainModel, count: int) -> list[np.ndarray]:
+    def samples(self, dataset: Dataset, model: PlainModel, count: int) -> list[Sample]:
         """Images as the model sees them, for pictures."""
-        return [sample.picture for sample in sample_images(dataset, model, count, **self._preparation)]
+        return sample_images(dataset, model, count, **self._preparation)
 
     def save_predictions(self, dataset: Dataset, models: Mapping[str, PlainModel], count: int, path: Path) -> None:
         """A picture of what the models predict, where predictions are pictures: not here."""
@@ -222,10 +222,9 @@ class Segmentation(_Task):
             f"mIoU {measures['miou']:.2f}%, mAcc {measures['macc']:.2f}%, aAcc {measures['aacc']:.2f}%"
         )
 
-    def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[np.ndarray]:
-        height, width = model.image_size
+    def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[Sample]:
         samples = sample_images(dataset, model, count, **self._preparation)
-        return [sample.picture[:height, :width] for sample in samples]
+        return [sample.cropped(model.image_size) for sample in samples]
 
     def save_predictions(
         self, dataset: SegmentationImages, models: Mapping[str, Segmenter], count: int, path: Path
