@@ -172,7 +172,7 @@ def _read(path: Path) -> dict:
 
 def is_given(option: Option, arguments: list[str]) -> bool:
     """Whether an option stands on the command line, abbreviated or not."""
-    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--") and argument != "--"]
     return any(flag.startswith(name) for flag in option.flags for name in names)
 
 

@@ -304,6 +304,9 @@ def test_options_from_a_file(capsys, data, tmp_path):
     assert (model.embed_dim, len(model.blocks)) == (32, 3)
     arguments = ["compress", data, "--config", config, "--model", output, *COMMON, "--score-batches", "1", "--output"]
     assert run(capsys, *arguments, tmp_path / "by file")[0] == 0
+    arguments.remove(data)
+    assert run(capsys, *arguments, tmp_path / "data last", "--", data)[0] == 0  # which gives no option
+    arguments.insert(1, data)
     gmacs = 0.8 * count_gmacs(model, (3, 32, 32))
     status, out, err = run(capsys, *arguments, tmp_path / "by hand", "--target-gmacs", gmacs)
     assert status == 0, err
