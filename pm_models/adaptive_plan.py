@@ -86,10 +86,16 @@ class AdaptivePlan(Plan):
 
     @classmethod
     def candidates(cls, encoder: nn.Module) -> list["AdaptivePlan"]:
-        """Plans of four even merges for a Vision Transformer, from the fewest tokens on."""
+        """Plans of four even merges for a Vision Transformer, at least one, from the fewest tokens on.
+
+        Raises:
+            ValueError: the model has a single patch.
+        """
         grid, depth = tuple(encoder.patch_embed.grid_size), len(encoder.blocks)
         patches, prefix = grid[0] * grid[1], encoder.num_prefix_tokens
         blocks = sorted({min(int(depth * block / 12 + 0.5), depth - 1) for block in _MERGES_OF_TWELVE})
+        if patches < 2:
+            raise ValueError(f"model must have at least 2 patches to merge, got {patches}")
         plans = []
         for last in range(1, patches):
             shares = [(last / patches) ** ((index + 1) / len(blocks)) for index in range(len(blocks))]

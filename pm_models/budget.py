@@ -66,7 +66,7 @@ def fit_share(model: Model, share: float) -> AdaptivePlan:
     model = unwrapped(model)
     plans, gmacs = AdaptivePlan.candidates(encoder_of(model)), _counting(model, partial(compressed, model))
     dense = count_gmacs(model, input_size(model))
-    least = gmacs(plans[0]) / dense if plans else 1
+    least = gmacs(plans[0]) / dense
     if not least <= share < 1:
         raise ValueError(f"gmacs must be at least {least:.3g}, the most merging, and below 1, got {share:g}")
     return plans[max(bisect_right(plans, share * dense, key=gmacs), 1) - 1]

@@ -191,14 +191,15 @@ def _plan(
 ) -> Plan:
     """The plan of the keep rate, or of the budget, that was asked for; adaptive where there is no ``make_plan``."""
     wanted, batch, device = task.options.compression, task.options.data.batch_size, task.accelerator.device
+    if wanted.keep_rate is not None:
+        return make_plan(wanted.keep_rate)
+    if not wanted.has_budget:
+        return AdaptivePlan.for_model(model)
+    encoder = encoder_of(model)
     if make_plan is None:
-        plans = AdaptivePlan.candidates(encoder_of(model))
-        if not wanted.has_budget:
-            return AdaptivePlan.for_model(model)
+        plans = AdaptivePlan.candidates(encoder)
     else:
-        plans = KeepRates(make_plan, encoder_of(model).patch_embed.num_patches, wanted.prune_rate)
-        if wanted.keep_rate is not None:
-            return make_plan(wanted.keep_rate)
+        plans = KeepRates(make_plan, encoder.patch_embed.num_patches, wanted.prune_rate)
     model.eval()
     if wanted.target_gmacs is not None:
         found = fit_gmacs(model, plans, make_model, wanted.target_gmacs)
@@ -210,9 +211,8 @@ def _plan(
             f"{wanted.target_speedup:g} times the speed: {found.value:.3f} times, measured at batch {batch} on "
             f"{device.type}"
         )
-    print(
-        f"adaptive merging for {text}" if make_plan is None else f"keep rate {plans.rates[found.index]:.3f} for {text}"
-    )
+    name = "adaptive merging" if make_plan is None else f"keep rate {plans.rates[found.index]:.3f}"
+    print(f"{name} for {text}")
     return found.plan
 
 

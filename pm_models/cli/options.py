@@ -104,8 +104,7 @@ class CompressionOptions:
     """How many tokens are kept, and how a model is compressed."""
 
     adaptive: bool = option(
-        "merge what is alike in each image: no data and no training; without a target, 62%% of the GMACs are left",
-        False,
+        "merge the tokens most alike in each image, to 0.62 of the GMACs or to a target; needs no data", False
     )
     keep_rate: float | None = option("share of all patches kept as tokens, such as 0.6", None, one_of="budget")
     target_gmacs: float | None = option("the most tokens with at most so many GMACs an image", None, one_of="budget")
@@ -145,9 +144,8 @@ class CompressionOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.adaptive and (
-            given := [name for name in STATIC_OPTIONS if getattr(self, name) != getattr(type(self), name)]
-        ):
+        given = [name for name in STATIC_OPTIONS if getattr(self, name) != getattr(CompressionOptions, name)]
+        if self.adaptive and given:
             raise ValueError(
                 f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes --target-gmacs or "
                 "--target-speedup alone"

@@ -270,6 +270,9 @@ def test_shares_out_of_reach():
         AdaptivePlan.for_model(dense, gmacs=0.01)
     with pytest.raises(ValueError, match="and below 1, got 1"):
         AdaptivePlan.for_model(dense, gmacs=1)
+    with pytest.raises(ValueError, match="model must have at least 2 patches to merge, got 1"):
+        AdaptivePlan.for_model(small_vit(img_size=4))
+    assert len(AdaptivePlan.candidates(small_vit(img_size=(4, 8)))) == 1
 
 
 def test_plans_are_saved(tmp_path):
