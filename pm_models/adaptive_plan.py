@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from torch import nn
 
-from pm_kernels.reference import fewest_tokens, pairs_compared
+from pm_kernels.reference import fewest_tokens
 
 from .plan import Plan, as_integer
 
@@ -87,10 +86,16 @@ class AdaptivePlan(Plan):
 
     @classmethod
     def candidates(cls, encoder: nn.Module) -> list["AdaptivePlan"]:
-        """Plans of four even merges for a Vision Transformer, from the fewest tokens on."""
+        """Plans of four even merges for a Vision Transformer, at least one, from the fewest tokens on.
+
+        Raises:
+            ValueError: the model has a single patch.
+        """
         grid, depth = tuple(encoder.patch_embed.grid_size), len(encoder.blocks)
         patches, prefix = grid[0] * grid[1], encoder.num_prefix_tokens
         blocks = sorted({min(int(depth * block / 12 + 0.5), depth - 1) for block in _MERGES_OF_TWELVE})
+        if patches < 2:
+            raise ValueError(f"model must have at least 2 patches to merge, got {patches}")
         plans = []
         for last in range(1, patches):
             shares = [(last / patches) ** ((index + 1) / len(blocks)) for index in range(len(blocks))]
@@ -123,11 +128,6 @@ class AdaptivePlan(Plan):
         grid = tuple(grid)
         tokens = self.tokens_of(grid[0] * grid[1])
         return replace(self, grid=grid, merges={block: tokens[block] for block in self.merges})
-
-    def matching_macs(self, width: int) -> int:
-        """Multiply-accumulates of the distances between tokens of a width, of one image."""
-        patches = [self.num_patches, *(tokens - self.num_prefix_tokens for tokens in self.merges.values())]
-        return width * sum(pairs_compared(before, after, self.rounds) for before, after in pairwise(patches))
 
     def _fields(self) -> dict:
         merges = {str(block): tokens for block, tokens in self.merges.items()}

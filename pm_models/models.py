@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from .compression import Compression
+from .plan import Plan
 from .segmenter import Segmenter
-from .vision_transformer import PlainModel
+from .vision_transformer import PlainModel, compress
 
 Model = PlainModel | Segmenter
 
@@ -40,6 +41,15 @@ def tokens_of(model: Model) -> list[int]:
 def uncompressed(model: Model) -> Model:
     """A plain model with a copy of the same weights; a model that is not compressed is returned as it is."""
     return model if compression_of(model) is None else model.uncompressed()
+
+
+def compressed(model: Model, plan: Plan, **options: object) -> Model:
+    """A compressed copy of a plain model; ``options`` are those of :func:`pm_models.compress`.
+
+    Raises:
+        TypeError, ValueError: as :func:`pm_models.compress` does.
+    """
+    return model.compressed(plan, **options) if isinstance(model, Segmenter) else compress(model, plan, **options)
 
 
 def frozen(model: Model) -> Model:

@@ -10,7 +10,7 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .plan import CompressionPlan
+from .plan import Plan
 from .unwrapping import unwrapped
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
 
@@ -208,7 +208,7 @@ class Segmenter(nn.Module):
         patches = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
-    def compressed(self, plan: CompressionPlan, **options: object) -> "Segmenter":
+    def compressed(self, plan: Plan, **options: object) -> "Segmenter":
         """A copy whose encoder is compressed by a plan; ``options`` are those of :func:`pm_models.compress`.
 
         Raises:

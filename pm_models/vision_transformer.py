@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import NoneType
 
+import torch
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -144,8 +145,44 @@ class Compressed(nn.Module):
         """timm's ``forward_intermediates``: the full token map after each block asked for."""
         refuse_masks(kwargs.pop("attn_mask", None), kwargs.pop("is_causal", False))
         taken, _ = feature_take_indices(len(self.blocks), indices)
-        blocks = _CapturingBlocks(self, taken, len(self.blocks), self._checked_grid(x))
+        blocks = _CapturingBlocks(self, taken, len(self.blocks), self.grid_of(x))
         return self.plain_class.forward_intermediates(self._around(blocks), x, indices, *args, **kwargs)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """The (rows, columns) of the images' patches.
+
+        Raises:
+            ValueError: it is not that of a CompressionPlan, though it may have as many patches.
+        """
+        if not hasattr(self.patch_embed, "dynamic_feat_size"):
+            return self.plan.grid
+        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        if grid != self.plan.grid and not self.compression.adaptive:
+            raise ValueError(
+                f"the images give {grid[0] * grid[1] + self.num_prefix_tokens} tokens, but the plan was made for a "
+                f"grid of {self.plan.grid}, not {grid}; make a plan for that size (plan.resize)"
+            )
+        return grid
+
+    @torch.no_grad()
+    def clusters(self, images: Tensor) -> dict[int, Tensor]:
+        """Which patches have merged, with an AdaptivePlan, of images (B, 3, H, W).
+
+        Returns:
+            By the block that a merge stands before: (B, patches) int64, the merged token that each patch is in, counted
+            from the first after the prefix tokens.
+
+        Raises:
+            ValueError: the model has a CompressionPlan, in which patches merge alike in every image.
+        """
+        if not self.compression.adaptive:
+            raise ValueError(
+                "clusters need a model with an AdaptivePlan; with a CompressionPlan they are the same for every image: "
+                "plan.stage_of(block).segments"
+            )
+        found: dict[int, Tensor] = dict.fromkeys(block for block in self.plan.merges if block < len(self.blocks))
+        self._features("all", images, clusters=found)
+        return found
 
     def prune_intermediate_layers(self, *args: object, **kwargs: object) -> list[int]:
         """timm's ``prune_intermediate_layers``; a stage that the cut goes through ends with the last block left."""
@@ -185,9 +222,9 @@ class Compressed(nn.Module):
         groups = super().group_matcher(coarse)
         return groups | {"blocks": [*groups["blocks"], (r"^stages\.(\d+)", None)]}
 
-    def _features(self, readout: str, x: Tensor) -> Tensor:
+    def _features(self, readout: str, x: Tensor, **filled: dict) -> Tensor:
         """Images to the normalised rows of ``readout``, by timm's ``forward_features``."""
-        blocks = _AllBlocks(self, readout, self._checked_grid(x))
+        blocks = _AllBlocks(self, partial(self._run, grid=self.grid_of(x), readout=readout, **filled))
         return self.plain_class.forward_features(self._around(blocks), x)
 
     def _around(self, blocks: "_AllBlocks | _CapturingBlocks") -> Rewired:
@@ -196,18 +233,6 @@ class Compressed(nn.Module):
         ``rope_mixed`` would hand each block its own part of the rotary table, but it is one call that runs them all.
         """
         return Rewired(self, blocks=blocks, grad_checkpointing=False, rope_mixed=False)
-
-    def _checked_grid(self, images: Tensor) -> tuple[int, int]:
-        """The images' grid, refused where it is not a CompressionPlan's, though it may have as many patches."""
-        if not hasattr(self.patch_embed, "dynamic_feat_size"):
-            return self.plan.grid
-        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
-        if grid != self.plan.grid and not self.compression.adaptive:
-            raise ValueError(
-                f"the images give {grid[0] * grid[1] + self.num_prefix_tokens} tokens, but the plan was made for a "
-                f"grid of {self.plan.grid}, not {grid}; make a plan for that size (plan.resize)"
-            )
-        return grid
 
     def _static(self) -> StaticReduction:
         if self.compression.adaptive:
@@ -238,10 +263,11 @@ class Compressed(nn.Module):
         grid: tuple[int, int],
         rope: Tensor | None = None,
         readout: str = "all",
-        maps: Maps | None = None,
+        **filled: dict,
     ) -> Tensor:
+        """``filled`` are the dicts that the reduction is to fill in: ``maps``, ``clusters``."""
         checkpointing = self.grad_checkpointing
-        return self.stages(self.blocks, x, readout, rope, grid=grid, maps=maps, checkpointing=checkpointing)
+        return self.stages(self.blocks, x, readout, rope, grid=grid, checkpointing=checkpointing, **filled)
 
 
 class Blocks(nn.Sequential):
@@ -275,14 +301,12 @@ class PMEva(Compressed, Eva):
 class _AllBlocks:
     """Blocks as ``forward_features`` runs them: a VisionTransformer calls them, an Eva walks them and meets one."""
 
-    def __init__(self, model: Compressed, readout: str, grid: tuple[int, int]) -> None:
+    def __init__(self, model: Compressed, run: Callable[..., Tensor]) -> None:
         self._model = model
-        self._readout = readout
-        self._grid = grid
+        self._run = run
 
     def __call__(self, x: Tensor, rope: Tensor | None = None, **_: object) -> Tensor:
-        blocks = self._model.blocks
-        run = partial(self._model._run, grid=self._grid, rope=rope, readout=self._readout)
+        blocks, run = self._model.blocks, partial(self._run, rope=rope)
         return blocks(x, run=run) if isinstance(blocks, Blocks) else run(x)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:

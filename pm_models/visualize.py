@@ -1,4 +1,4 @@
-"""Pictures of a plan: which patches each block keeps, merges and prunes."""
+"""Pictures of a plan: which patches each block keeps, merges and prunes, and of what merges in an image."""
 
 import math
 import os
@@ -11,8 +11,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch import Tensor
 
 from .files import atomic_path
+from .models import Model, encoder_of
 from .plan import CompressionPlan, StagePlan
 
 _KEPT, _MERGED, _PRUNED = "#2a9d8f", "#e9c46a", "#3d405b"
@@ -32,14 +34,8 @@ def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figur
     Returns:
         A matplotlib figure, not attached to any window.
     """
-    stages = plan.stages
-    columns = min(max(len(stages), 1), 4)
-    rows = max(math.ceil(len(stages) / columns), 1)
-    figure = Figure(figsize=(2.6 * columns, 2.8 * rows + 0.8), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel in axes:
-        panel.set_axis_off()
-    for panel, stage in zip(axes, stages, strict=False):
+    figure, panels = _panels(len(plan.stages), legend=0.8)
+    for panel, stage in zip(panels, plan.stages, strict=False):
         _draw_stage(panel, plan, stage, image)
     figure.legend(
         handles=[
@@ -58,6 +54,44 @@ def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figur
 def save_plan_picture(plan: CompressionPlan, path: str | os.PathLike, image: np.ndarray | None = None) -> None:
     """Write :func:`plan_figure` as a PNG, whole or not at all."""
     _save(plan_figure(plan, image), path)
+
+
+def cluster_figure(model: Model, image: Tensor, picture: np.ndarray) -> Figure:
+    """Draw an image, and for each merge the image with the patches of every token outlined.
+
+    Patches that have merged are in their mean colour, those that are tokens still show the image.
+
+    Args:
+        model: with an AdaptivePlan, in evaluation mode.
+        image: (C, H, W), what the model is given.
+        picture: (H, W) or (H, W, 3), the same to be seen, values from 0 to 1.
+
+    Returns:
+        A matplotlib figure, not attached to any window.
+
+    Raises:
+        ValueError: the model has another plan.
+    """
+    encoder = encoder_of(model)
+    images = image[None].to(encoder.patch_embed.proj.weight)
+    clusters, plan = encoder.clusters(images), encoder.plan.resize(encoder.grid_of(images))
+    (rows, columns), (height, width) = plan.grid, encoder.patch_embed.patch_size
+    picture = picture[: rows * height, : columns * width]  # the last patches may end before the image does, or beyond
+    extent = (0, picture.shape[1] / width, picture.shape[0] / height, 0)
+    figure, panels = _panels(1 + len(clusters))
+    _draw_picture(panels[0], picture, extent)
+    panels[0].set_title(f"{plan.num_tokens} tokens", fontsize=8)
+    for panel, block in zip(panels[1:], clusters, strict=False):
+        tokens = clusters[block].view(plan.grid).cpu().numpy()
+        _draw_picture(panel, _painted(picture, tokens, (height, width)), extent)
+        _draw_outlines(panel, tokens, linewidths=0.5)
+        panel.set_title(f"before block {block}: {plan.tokens[block]} tokens", fontsize=8)
+    return figure
+
+
+def save_cluster_picture(model: Model, path: str | os.PathLike, image: Tensor, picture: np.ndarray) -> None:
+    """Write :func:`cluster_figure` as a PNG, whole or not at all."""
+    _save(cluster_figure(model, image, picture), path)
 
 
 def save_accuracy_picture(
@@ -121,6 +155,17 @@ def save_segmentation_picture(
     _save(segmentation_figure(images, maps), path, dpi=110)
 
 
+def _panels(count: int, legend: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels or a few more, in rows of at most four or five, with inches for a legend below."""
+    columns = min(max(count, 1), 5 if count == 5 else 4)
+    rows = max(math.ceil(count / columns), 1)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * rows + legend), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels:
+        panel.set_axis_off()
+    return figure, panels
+
+
 def _chart(x: str, y: str) -> tuple[Figure, Axes]:
     """An empty figure of one panel, with the names of its axes."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
@@ -141,7 +186,7 @@ def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.
     segments = np.array(stage.segments).reshape(height, width)
     extent = (0, width, height, 0)
     if image is not None:
-        panel.imshow(image, cmap="gray", vmin=0, vmax=1, extent=extent)
+        _draw_picture(panel, image, extent)
     tint = np.zeros((height, width, 4))
     opacity = 1.0 if image is None else 0.4
     tint[segments >= 0] = to_rgba(_MERGED, opacity)
@@ -149,7 +194,7 @@ def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.
         tint[divmod(patch, width)] = to_rgba(_KEPT, opacity)
     tint[segments < 0] = to_rgba(_PRUNED, 1.0 if image is None else 0.85)
     panel.imshow(tint, extent=extent, interpolation="nearest")
-    panel.add_collection(LineCollection(_outlines(segments), colors="white", linewidths=0.8))
+    _draw_outlines(panel, segments, linewidths=0.8)
     blocks = f"block {stage.first}" if stage.first == stage.last else f"blocks {stage.first} to {stage.last}"
     panel.set_title(f"{blocks}: {plan.tokens[stage.first]} of {plan.num_tokens} tokens", fontsize=8)
 
@@ -162,7 +207,22 @@ def _kept_patches(stage: StagePlan) -> list[int]:
     return [patch for segment, patch in best.items() if segment >= 0]
 
 
-def _outlines(segments: np.ndarray) -> list[list[tuple[int, int]]]:
-    """The edges between patches of different segments, as ((x, y), (x, y))."""
+def _draw_picture(panel: Axes, picture: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    panel.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=extent)
+
+
+def _painted(picture: np.ndarray, tokens: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+    """The picture with the pixels of all patches of a token in their mean colour, where there are several."""
+    places = tokens.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1)
+    places = places[: picture.shape[0], : picture.shape[1]]
+    painted = picture.copy()
+    for token in np.flatnonzero(np.bincount(tokens.ravel()) > 1):
+        painted[places == token] = picture[places == token].mean(axis=0)
+    return painted
+
+
+def _draw_outlines(panel: Axes, segments: np.ndarray, linewidths: float) -> None:
+    """The edges between patches of different segments."""
     lines = [[(x + 1, y), (x + 1, y + 1)] for y, x in np.argwhere(segments[:, :-1] != segments[:, 1:])]
-    return lines + [[(x, y + 1), (x + 1, y + 1)] for y, x in np.argwhere(segments[:-1] != segments[1:])]
+    lines += [[(x, y + 1), (x + 1, y + 1)] for y, x in np.argwhere(segments[:-1] != segments[1:])]
+    panel.add_collection(LineCollection(lines, colors="white", linewidths=linewidths))

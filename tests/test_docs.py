@@ -26,7 +26,8 @@ SMALL = ["-j", "0", "-b", "2", "--device", "cpu"]
 SHAPE = ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=2"]
 BRIEF = {
     "train": [*SMALL, *SHAPE, "--epochs", "1", "--warmup-epochs", "0"],
-    "finetune": [*SMALL, "--epochs", "1", "--score-batches", "1"],
+    "compress": SMALL,
+    "finetune": [*SMALL, "--epochs", "1"],
     "eval": SMALL,
     "export": ["--device", "cpu", "-b", "2"],
     "bench": ["--device", "cpu"],
@@ -80,6 +81,8 @@ def run_command(line):
     if "--img-size" in arguments:
         arguments[arguments.index("--img-size") + 1] = "64"
     main_arguments = arguments + BRIEF[arguments[0]]
+    if arguments[0] == "finetune" and "--adaptive" not in arguments:
+        main_arguments += ["--score-batches", "1"]
     if words[0] == "pm_models":
         main_arguments[main_arguments.index("--output") + 1] += "-again"
     assert main(main_arguments) == 0, line

@@ -12,7 +12,7 @@ import torch
 from ..training import launched_processes
 from . import commands, options, tools
 from .arguments import add_options, options_of, read_options
-from .config import find_task, read_config
+from .config import find_task, is_given, read_config
 from .tasks import TASKS
 
 _COMMANDS = {
@@ -81,7 +81,10 @@ def _configured_parser(arguments: list[str]) -> argparse.ArgumentParser:
     if arguments and arguments[0] in _ON_DATA:
         known = {name: options_of(_COMMANDS[name][0], task) for name in _ON_DATA}
         everything = {name for own in known.values() for name, option in own.items() if not option.positional}
-        values = read_config(arguments[1:], known[arguments[0]], everything - {"config"})
+        own = known[arguments[0]]
+        values = read_config(arguments[1:], own, everything - {"config"})
+        if "adaptive" in own and is_given(own["adaptive"], arguments[1:]):  # which comes before the file's rates
+            values = {name: value for name, value in values.items() if name not in options.STATIC_OPTIONS}
     return _parser(task, {arguments[0]: values} if values else {})
 
 

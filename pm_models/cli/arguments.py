@@ -37,8 +37,13 @@ class Option(NamedTuple):
         """What must be given of it, or can be where it is positional."""
         name = self.arguments.get("metavar") or self.flags[-1].removeprefix("--").upper().replace("-", "_")
         if self.positional:
-            return f"[{name} ...]" if self.arguments.get("nargs") == "*" else name
+            return {"*": f"[{name} ...]", "?": f"[{name}]"}.get(self.arguments.get("nargs"), name)
         return f"{self.flags[-1]} {name}" if self.arguments["required"] else ""
+
+
+def flag(name: str) -> str:
+    """What a field is called on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def option(help: str, default: object = MISSING, *flags: str, **settings: Any) -> Any:
@@ -56,6 +61,21 @@ def option(help: str, default: object = MISSING, *flags: str, **settings: Any) -
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def stages_of(text: str) -> list[tuple[int, int]]:
+    """``3-5,6-11`` as [(3, 5), (6, 11)]; a single block may stand alone."""
+    try:
+        return [tuple(int(block) for block in (part.split("-") * 2)[:2]) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected blocks such as 0-2,3-5,6, got {text!r}") from None
 
 
 def group(title: str, only: str | None = None) -> Any:
@@ -89,7 +109,7 @@ def _option(member: Field, hint: type, task: str | None, command: str) -> Option
     recorded, positional = arguments.pop("recorded", True), arguments.pop("positional", None)
     arguments["help"] += _default_in_words(arguments["default"], arguments["help"])
     if positional is None:
-        flags = tuple(sorted((f"--{member.name.replace('_', '-')}", *flags), key=len))  # -b before --batch-size
+        flags = tuple(sorted((flag(member.name), *flags), key=len))  # -b before --batch-size
         arguments["dest"] = member.name
     else:
         flags = (member.name,)
@@ -124,9 +144,8 @@ def _default_in_words(default: object, help: str) -> str:
 def add_options(parser: argparse.ArgumentParser, command: type, task: str | None, defaults: Mapping) -> None:
     """Give a parser the options of a command for a task; one with a value in ``defaults`` need not be given."""
     titles = {member.name: member.metadata.get("title") for member in fields(command)}
-    options, places = options_of(command, task), {None: parser}
-    chosen = {options[name].one_of for name in defaults}
-    for name, option in options.items():
+    places = {None: parser}
+    for name, option in options_of(command, task).items():
         arguments = option.arguments | ({"default": defaults[name], "required": False} if name in defaults else {})
         if option.group not in places:
             places[option.group] = parser.add_argument_group(titles[option.group])
@@ -135,7 +154,6 @@ def add_options(parser: argparse.ArgumentParser, command: type, task: str | None
             if option.one_of not in places:
                 places[option.one_of] = place.add_mutually_exclusive_group()
             place = places[option.one_of]
-            place.required |= arguments.pop("required") and option.one_of not in chosen
         place.add_argument(*option.flags, **arguments)
 
 

@@ -16,19 +16,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..budget import fit_gmacs, fit_speedup
+from ..adaptive_plan import AdaptivePlan
+from ..budget import KeepRates, fit_gmacs, fit_speedup
 from ..checkpoints import CONFIG_NAME, load_pretrained, save_pretrained
 from ..files import write_atomically
 from ..measure import count_gmacs, throughput
-from ..models import Model, compression_of, encoder_of, input_size, tokens_of, uncompressed
-from ..plan import CompressionPlan
+from ..models import Model, compressed, compression_of, encoder_of, input_size, tokens_of, uncompressed
+from ..plan import CompressionPlan, Plan
 from ..report import compare
 from ..scoring import score_tokens
 from ..segmenter import Segmenter
 from ..training import Recipe, fit, make_accelerator
 from ..training.state import flat_settings, refuse_other_settings
-from ..vision_transformer import check_vision_transformer, compress
-from ..visualize import save_accuracy_picture, save_plan_picture
+from ..vision_transformer import PlainModel, check_vision_transformer
+from ..visualize import save_accuracy_picture, save_cluster_picture, save_plan_picture
 from .arguments import options_of
 from .options import DEFAULT_TASK, Command, Compress, CompressionOptions, Eval, Finetune, ModelOptions, Train
 from .tasks import TASKS, Task
@@ -49,13 +50,14 @@ def train(options: Train) -> None:
 
 def compress_model(options: Compress) -> None:
     task = _begin(options)
-    model, (train_set,) = task.open(options.data.train_split)
-    _compress_into(options.output, task, model, train_set)
+    adaptive = options.compression.adaptive
+    model, datasets = task.open(*([] if adaptive else [options.data.train_split]))
+    _compress_into(options.output, task, model, *datasets)
     flag = "" if options.task == DEFAULT_TASK else f"--task {options.task} "
-    task.accelerator.print(
-        f"compressed model: {options.output}; next: pm-vit finetune {options.data.data_dir} {flag}--model "
-        f"{options.output}"
-    )
+    following = f"finetune {options.data.data_dir} {flag}--model {options.output}"
+    if adaptive:
+        following = f"show {options.output} IMAGE"
+    task.accelerator.print(f"compressed model: {options.output}; next: pm-vit {following}")
 
 
 def finetune(options: Finetune) -> None:
@@ -70,7 +72,11 @@ def finetune(options: Finetune) -> None:
         if (source / CONFIG_NAME).is_file():
             _check_compressed(options.compression, source, settings)
         else:
-            _check_compression(options)
+            if missing := options.compression.missing:
+                raise ValueError(
+                    f"{options.model.model} is uncompressed: give {' and '.join(missing)}, or --adaptive, or a folder "
+                    "that pm-vit compress wrote"
+                )
             _compress_into(source, task, model, train_set, settings)
         task.accelerator.wait_for_everyone()
         model = load_pretrained(source)
@@ -120,46 +126,56 @@ def _begin(options: Command) -> Task:
 
 
 def _compress_into(
-    output: Path, task: Task, model: Model, train_set: Dataset, settings: dict[str, object] | None = None
+    output: Path,
+    task: Task,
+    model: Model,
+    train_set: Dataset | None = None,
+    settings: dict[str, object] | None = None,
 ) -> None:
-    """Score the model's tokens, plan by the rates or the budget asked for, and save the compressed model and its plan.
+    """Plan as it was asked for, and save the compressed model and its plan.
 
-    Every process scores its share of the batches; the first one saves, ``settings`` too where they are given.
+    For a static plan every process scores its share of the batches of ``train_set``; the first process saves,
+    ``settings`` too where they are given.
     """
     accelerator, compression, chosen = task.accelerator, task.options.compression, task.options.model
     plain = uncompressed(model)
-    encoder = encoder_of(plain)
-    check_vision_transformer(encoder)
+    check_vision_transformer(encoder_of(plain))
     for part in (model, plain):
         part.to(accelerator.device)
-    grid, prefix = tuple(encoder.patch_embed.grid_size), encoder.num_prefix_tokens
-
-    def plan_of(scores: Tensor, keep_rate: float) -> CompressionPlan:
-        return CompressionPlan.from_scores(scores, grid, keep_rate, num_prefix_tokens=prefix, **compression.planning())
-
-    # Wrong rates are told before the scoring.
-    plan_of(torch.ones(len(encoder.blocks), encoder.patch_embed.num_patches), compression.keep_rate or 1e-6)
+    planning = None if compression.adaptive else _checked_planning(compression, encoder_of(plain))
     _warn_of_random_weights(chosen)
+    make_model = partial(compressed, plain, **compression.compressing())
     with accelerator.autocast():
-        scores = _scores(task, model, train_set)
+        scores = None if planning is None else _scores(task, model, train_set)
         if not accelerator.is_main_process:
             return
-        make_model = partial(
-            plain.compressed if isinstance(plain, Segmenter) else partial(compress, plain), **compression.compressing()
-        )
-        plan = _plan(task, plain, partial(plan_of, scores), make_model)
-    compressed = make_model(plan)
+        plan = _plan(task, plain, make_model, None if planning is None else partial(planning, scores))
+    smaller = make_model(plan)
     output.mkdir(parents=True, exist_ok=True)
     if plain is not model:  # its plain weights were trained to be compressed: no teacher
         _write_json(output / _SUMMARY, {"command": "compress", "model": chosen.model})
     if settings is not None:
         _write_json(output / _SETTINGS, settings)
     plan.save(output / "plan.json")
-    save_plan_picture(plan, output / "plan.png")
-    save_pretrained(compressed, output, model_args=_model_args(chosen))
-    before, after = (count_gmacs(part, input_size(plain)) for part in (plain, compressed))
+    if not compression.adaptive:
+        save_plan_picture(plan, output / "plan.png")
+    save_pretrained(smaller, output, model_args=_model_args(chosen))
+    before, after = (count_gmacs(part, input_size(plain)) for part in (plain, smaller))
     print(plan)
     print(f"GMACs per image: {before:.4g} before, {after:.4g} after ({after / before:.1%})")
+
+
+def _checked_planning(
+    compression: CompressionOptions, encoder: PlainModel
+) -> Callable[[Tensor, float], CompressionPlan]:
+    """Scores and a keep rate to a plan; wrong rates are told now, before the scoring."""
+    grid, prefix = tuple(encoder.patch_embed.grid_size), encoder.num_prefix_tokens
+
+    def plan_of(scores: Tensor, keep_rate: float) -> CompressionPlan:
+        return CompressionPlan.from_scores(scores, grid, keep_rate, num_prefix_tokens=prefix, **compression.planning())
+
+    plan_of(torch.ones(len(encoder.blocks), encoder.patch_embed.num_patches), compression.keep_rate or 1e-6)
+    return plan_of
 
 
 def _scores(task: Task, model: Model, train_set: Dataset) -> Tensor:
@@ -171,36 +187,33 @@ def _scores(task: Task, model: Model, train_set: Dataset) -> Tensor:
 
 
 def _plan(
-    task: Task,
-    model: Model,
-    make_plan: Callable[[float], CompressionPlan],
-    make_model: Callable[[CompressionPlan], Model],
-) -> CompressionPlan:
-    """The plan of the keep rate, or of the budget, that was asked for."""
+    task: Task, model: Model, make_model: Callable[[Plan], Model], make_plan: Callable[[float], CompressionPlan] | None
+) -> Plan:
+    """The plan of the keep rate, or of the budget, that was asked for; adaptive where there is no ``make_plan``."""
     wanted, batch, device = task.options.compression, task.options.data.batch_size, task.accelerator.device
     if wanted.keep_rate is not None:
         return make_plan(wanted.keep_rate)
+    if not wanted.has_budget:
+        return AdaptivePlan.for_model(model)
+    encoder = encoder_of(model)
+    if make_plan is None:
+        plans = AdaptivePlan.candidates(encoder)
+    else:
+        plans = KeepRates(make_plan, encoder.patch_embed.num_patches, wanted.prune_rate)
     model.eval()
     if wanted.target_gmacs is not None:
-        fit_ = fit_gmacs(model, make_plan, make_model, wanted.prune_rate, wanted.target_gmacs)
-        print(f"keep rate {fit_.keep_rate:.3f} for {wanted.target_gmacs:g} GMACs: {fit_.value:.4g}")
+        found = fit_gmacs(model, plans, make_model, wanted.target_gmacs)
+        text = f"{wanted.target_gmacs:g} GMACs: {found.value:.4g}"
     else:
         images = torch.randn(batch, *input_size(model), device=device)
-        fit_ = fit_speedup(model, make_plan, make_model, wanted.prune_rate, wanted.target_speedup, images)
-        print(
-            f"keep rate {fit_.keep_rate:.3f} for {wanted.target_speedup:g} times the speed: {fit_.value:.3f} times, "
-            f"measured at batch {batch} on {device.type}"
+        found = fit_speedup(model, plans, make_model, wanted.target_speedup, images)
+        text = (
+            f"{wanted.target_speedup:g} times the speed: {found.value:.3f} times, measured at batch {batch} on "
+            f"{device.type}"
         )
-    return fit_.plan
-
-
-def _check_compression(options: Finetune) -> None:
-    """What compressing needs, told before the scoring."""
-    if options.compression.prune_rate is None or not options.compression.has_budget:
-        raise ValueError(
-            f"{options.model.model} is uncompressed: give --keep-rate (or --target-gmacs, --target-speedup) and "
-            "--prune-rate, or a folder that pm-vit compress wrote"
-        )
+    name = "adaptive merging" if make_plan is None else f"keep rate {plans.rates[found.index]:.3f}"
+    print(f"{name} for {text}")
+    return found.plan
 
 
 def _check_compressed(compression: CompressionOptions, source: Path, settings: dict[str, object]) -> None:
@@ -208,7 +221,7 @@ def _check_compressed(compression: CompressionOptions, source: Path, settings: d
     if not (source / _SETTINGS).is_file():
         raise ValueError(f"{source} does not tell what it was compressed with; delete it, or name it with --model")
     began = json.loads((source / _SETTINGS).read_text(encoding="utf-8"))
-    if compression.prune_rate is None and not compression.has_budget:
+    if not (compression.adaptive or compression.has_budget or compression.prune_rate is not None):
         meant = {field.name for field in fields(CompressionOptions)}
         began, settings = (
             {name: value for name, value in values.items() if name not in meant} for values in (began, settings)
@@ -304,15 +317,17 @@ def _throughput(task: Task, models: dict[str, Model]) -> dict[str, float]:
 
 
 def _save_pictures(task: Task, models: dict[str, Model], eval_set: Dataset, rows: dict[str, dict]) -> None:
-    """Predictions, the plan over sample images, and accuracy against throughput, where there are any."""
+    """Predictions, the plan or what merges on sample images, and accuracy against throughput, where there are any."""
     model, output = models[task.options.command], task.options.output
     task.save_predictions(eval_set, models, _PICTURED_IMAGES, output / "predictions.png")
     compression = compression_of(model)
     if compression is None:
         return
-    samples = () if compression.adaptive else task.samples(eval_set, model, _PICTURED_IMAGES)
-    for index, image in enumerate(samples, 1):
-        save_plan_picture(compression.plan, output / f"plan-{index}.png", image)
+    for index, sample in enumerate(task.samples(eval_set, model, _PICTURED_IMAGES), 1):
+        if compression.adaptive:
+            save_cluster_picture(model, output / f"merging-{index}.png", sample.image, sample.picture)
+        else:
+            save_plan_picture(compression.plan, output / f"plan-{index}.png", sample.picture)
     points = {name: (row["images_per_second"], row[task.quality]) for name, row in rows.items()}
     save_accuracy_picture(points, output / "accuracy.png", quality=task.quality_name)
 

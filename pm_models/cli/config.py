@@ -74,7 +74,7 @@ def read_config(arguments: list[str], options: Mapping[str, Option], others: Col
     }
     for choice in {option.one_of for option in known.values()} - {None}:
         members = [name for name, option in known.items() if option.one_of == choice]
-        if any(_is_given(known[name], arguments) for name in members):
+        if any(is_given(known[name], arguments) for name in members):
             taken = {name: value for name, value in taken.items() if name not in members}
         elif sum(name in taken for name in members) > 1:
             raise ValueError(f"{path}: only one of {', '.join(members)} can be given")
@@ -170,9 +170,9 @@ def _read(path: Path) -> dict:
     return named
 
 
-def _is_given(option: Option, arguments: list[str]) -> bool:
+def is_given(option: Option, arguments: list[str]) -> bool:
     """Whether an option stands on the command line, abbreviated or not."""
-    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--") and argument != "--"]
     return any(flag.startswith(name) for flag in option.flags for name in names)
 
 

@@ -11,7 +11,7 @@ from ..compression import MERGE_SITES, OPTIONS, SHORTCUTS
 from ..export import FORMATS, OPSETS
 from ..segmenter import DECODERS
 from ..training import IGNORED, SCHEDULES, Recipe
-from .arguments import group, option, options_of
+from .arguments import flag, group, option, options_of, positive, stages_of
 from .config import shipped_configs
 
 DEFAULT_TASK = "classification"
@@ -20,21 +20,6 @@ _NAMED_MODEL = "a timm Vision Transformer's name (hf-hub:... and local-dir:... t
 
 _classifying = partial(option, only="classification")
 _segmenting = partial(option, only="segmentation")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _stages(text: str) -> list[tuple[int, int]]:
-    """``3-5,6-11`` as [(3, 5), (6, 11)]; a single block may stand alone."""
-    try:
-        return [tuple(int(block) for block in (part.split("-") * 2)[:2]) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected blocks such as 0-2,3-5,6, got {text!r}") from None
 
 
 # --- Groups of options.
@@ -47,6 +32,7 @@ class DataOptions:
     data_dir: Path = option(
         "folder with train/CLASS/IMAGES and validation/CLASS/IMAGES, of any kind that Pillow reads",
         positional="DATA",
+        compress={"nargs": "?"},
         segmentation={
             "help": "Cityscapes' or ADE20K's folder (annotations/, 150 classes), or one with images/train, "
             "labels/train, images/validation, ..."
@@ -56,7 +42,7 @@ class DataOptions:
     dataset: str = _classifying("a data set that timm reads instead of folders, such as torch/cifar10", "")
     train_split: str = option("folder or split to train on", "train")
     val_split: str = option("folder or split to evaluate on", "validation")
-    batch_size: int = option("images per batch and process", 128, "-b", type=_positive, segmentation={"default": 8})
+    batch_size: int = option("images per batch and process", 128, "-b", type=positive, segmentation={"default": 8})
     workers: int = option("processes that load images", min(4, os.cpu_count() or 1), "-j", recorded=False)
     crop_pct: float | None = _classifying("share of the image's side that evaluation sees (the model's)", None)
     interpolation: str | None = _classifying("how evaluation resizes images (the model's)", None)
@@ -94,18 +80,18 @@ class ModelOptions:
         "file with the named model's weights: .safetensors, or what torch.save wrote (.pth, .pth.tar, .ckpt, ...)", None
     )
     pretrained: bool = option("let timm download weights for the named model", False)
-    num_classes: int | None = option("classes (as many as the data has)", None, type=_positive)
+    num_classes: int | None = option("classes (as many as the data has)", None, type=positive)
     img_size: int | None = option(
         "image size in pixels (the named model's)",
         None,
-        type=_positive,
+        type=positive,
         segmentation={"help": "side of the crops and windows in pixels (the named model's)"},
     )
     decoder: str = _segmenting("what is on the named model", DECODERS[0], choices=DECODERS)
     decoder_kwargs: dict[str, object] = _segmenting(
         "of the mask transformer: depth=2 heads=3 drop_path=0.0 dropout=0.1", {}
     )
-    in_chans: int | None = _classifying("image channels, 1 or 3 (3)", None, type=_positive)
+    in_chans: int | None = _classifying("image channels, 1 or 3 (3)", None, type=positive)
     model_kwargs: dict[str, object] = option("more arguments of timm.create_model, such as depth=6 embed_dim=192", {})
 
     @property
@@ -117,20 +103,19 @@ class ModelOptions:
 class CompressionOptions:
     """How many tokens are kept, and how a model is compressed."""
 
-    keep_rate: float | None = option(
-        "share of all patches kept as tokens, such as 0.6", None, one_of="budget", compress={"required": True}
+    adaptive: bool = option(
+        "merge the tokens most alike in each image, to 0.62 of the GMACs or to a target; needs no data", False
     )
-    target_gmacs: float | None = option("the keep rate with at most so many GMACs an image", None, one_of="budget")
+    keep_rate: float | None = option("share of all patches kept as tokens, such as 0.6", None, one_of="budget")
+    target_gmacs: float | None = option("the most tokens with at most so many GMACs an image", None, one_of="budget")
     target_speedup: float | None = option(
-        "the keep rate that is so many times as fast in inference, measured on this device at --batch-size",
+        "the tokens with which it is so many times as fast in inference, measured on this device at --batch-size",
         None,
         one_of="budget",
     )
-    prune_rate: float | None = option(
-        "share that skips its block, such as 0.1; the rest is merged", None, compress={"required": True}
-    )
+    prune_rate: float | None = option("share that skips its block, such as 0.1; the rest is merged", None)
     score_decay: float = option("scores of block l times 1 - l * this", 0.025, compress={"flags": ("--layer-decay",)})
-    score_batches: int = option("batches to score on", 16, type=_positive)
+    score_batches: int = option("batches to score on", 16, type=positive)
     allocation: Literal["global", "layer"] = option(
         "global: each block finds its own number of tokens; layer: the rates hold in every block", "global"
     )
@@ -143,7 +128,7 @@ class CompressionOptions:
     stages: list[tuple[int, int]] | None = option(
         "blocks that share merged tokens, such as 3-5,6-8; blocks left out stay uncompressed (each block its own)",
         None,
-        type=_stages,
+        type=stages_of,
     )
     train_matrices: Literal["support", "dense", "none"] = option(
         "what fine-tuning may change of the matrices: the plan's nonzeros, all entries, nothing", "support"
@@ -158,9 +143,25 @@ class CompressionOptions:
         "merge tokens before the block, as in the paper, or inside its attention", MERGE_SITES[0], choices=MERGE_SITES
     )
 
+    def __post_init__(self) -> None:
+        given = [name for name in STATIC_OPTIONS if getattr(self, name) != getattr(CompressionOptions, name)]
+        if self.adaptive and given:
+            raise ValueError(
+                f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes --target-gmacs or "
+                "--target-speedup alone"
+            )
+
     @property
     def has_budget(self) -> bool:
         return (self.keep_rate, self.target_gmacs, self.target_speedup) != (None, None, None)
+
+    @property
+    def missing(self) -> list[str]:
+        """The options that a plan is still to be told by."""
+        if self.adaptive:
+            return []
+        budget = [] if self.has_budget else ["--keep-rate (or --target-gmacs, --target-speedup)"]
+        return budget + (["--prune-rate"] if self.prune_rate is None else [])
 
     def planning(self) -> dict[str, object]:
         """The arguments of :meth:`~pm_models.CompressionPlan.from_scores` but for the scores and the keep rate."""
@@ -171,6 +172,10 @@ class CompressionOptions:
         """The arguments of :func:`pm_models.compress` but for the model and the plan."""
         values = {name: getattr(self, name) for name in OPTIONS if name != "plan"}
         return values | {"train_matrices": None if self.train_matrices == "none" else self.train_matrices}
+
+
+_OF_ADAPTIVE = ("adaptive", "target_gmacs", "target_speedup")
+STATIC_OPTIONS = tuple(field.name for field in fields(CompressionOptions) if field.name not in _OF_ADAPTIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +195,7 @@ class DistillationOptions:
 class TrainingOptions:
     """The fields of a :class:`~pm_models.training.Recipe`, what its learning rate is told by, and the losses."""
 
-    epochs: int = option("passes over the data", 100, type=_positive, finetune={"default": 30})
+    epochs: int = option("passes over the data", 100, type=positive, finetune={"default": 30})
     opt: str = option("timm's name of the optimiser", Recipe.opt)
     sched: str = option("how the learning rate falls", Recipe.sched, choices=SCHEDULES)
     lr: float | None = option(
@@ -199,7 +204,7 @@ class TrainingOptions:
         finetune={"help": "peak learning rate (from --lr-base, or 0.0001)"},
     )
     lr_base: float | None = option("peak learning rate for --lr-base-size images a step", None, recorded=False)
-    lr_base_size: int = option("images a step that --lr-base is for", 512, type=_positive, recorded=False)
+    lr_base_size: int = option("images a step that --lr-base is for", 512, type=positive, recorded=False)
     lr_base_scale: Literal["linear", "sqrt"] = option(
         "how the learning rate grows with the images a step", "linear", recorded=False
     )
@@ -209,7 +214,7 @@ class TrainingOptions:
     weight_decay: float = option("weight decay", Recipe.weight_decay, finetune={"default": 1e-3})
     warmup_epochs: int = option("epochs of warm-up", 5, finetune={"default": 0})
     clip_grad: float | None = option("largest gradient norm", Recipe.clip_grad)
-    grad_accum_steps: int = option("batches that make one step", Recipe.grad_accum_steps, type=_positive)
+    grad_accum_steps: int = option("batches that make one step", Recipe.grad_accum_steps, type=positive)
     model_ema: bool = option("evaluate and save a moving average of the weights", False, recorded=False)
     model_ema_decay: float = option("its decay", 0.9998)
     grad_checkpointing: bool = option("trade time for activation memory", False, recorded=False)
@@ -266,7 +271,7 @@ class CropOptions:
 class WindowOptions:
     """How a Segmenter goes over images that are larger than its own."""
 
-    stride: int | None = option("pixels from one window to the next (its side less 32)", None, type=_positive)
+    stride: int | None = option("pixels from one window to the next (its side less 32)", None, type=positive)
     scales: tuple[float, ...] = option("sizes of the image to average over", (1.0,))
     flip: bool = option("average over mirrored images too", False)
 
@@ -339,10 +344,19 @@ class Compress(Saving):
     """Score a trained model's tokens, plan, and compress it.
 
     Tokens are scored on training images; the compressed model is saved with the plan and its picture. Fine-tuning comes
-    next. A model that is compressed already is scored as it is, and its plain weights are compressed anew.
+    next. A model that is compressed already is scored as it is, and its plain weights are compressed anew. With
+    --adaptive nothing is scored, so that there is no DATA, and the model is ready for use.
     """
 
     compression: CompressionOptions = group("compression")
+
+    def __post_init__(self) -> None:
+        data, missing = self.data.data_dir, self.compression.missing
+        if self.compression.adaptive and data is not None:
+            raise ValueError(f"DATA cannot be given with --adaptive, which looks at no images, got {data}")
+        if not self.compression.adaptive and (missing or data is None):
+            missing = ["DATA"] * (data is None) + missing
+            raise ValueError(f"the following arguments are required: {', '.join(missing)}; or --adaptive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,7 +409,7 @@ class Export(OnDevice):
     opset: int | None = option(
         f"of onnx, {OPSETS[0]} to {OPSETS[-1]}; older runtimes need lower ones (PyTorch's choice)", None
     )
-    batch_size: int = option("images to time it on", 8, "-b", type=_positive)
+    batch_size: int = option("images to time it on", 8, "-b", type=positive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,11 +417,11 @@ class Show:
     """Draw what each block keeps, merges and prunes.
 
     The plan is printed, and a picture shows which patches are kept, merged (outlined) and pruned, over images where
-    some are given.
+    some are given. Of a model that merges adaptively it shows, for each image, what has merged before which block.
     """
 
     plan: Path = option("plan.json, or a folder saved by pm-vit", positional="PLAN")
-    images: tuple[Path, ...] = option("drawn under the patches, a picture each", (), positional="IMAGE", nargs="*")
+    images: tuple[Path, ...] = option("to draw, a picture each", (), positional="IMAGE", nargs="*")
     output: Path = option("picture to write, numbered where several", Path("plan.png"))
 
 
@@ -419,7 +433,7 @@ class Bench(OnDevice):
     """
 
     model: str = option("a timm Vision Transformer's name, or a folder saved by pm-vit", positional="MODEL")
-    batch_size: tuple[int, ...] = option("images", (1, 8), "-b", type=_positive)
+    batch_size: tuple[int, ...] = option("images", (1, 8), "-b", type=positive)
     output: Path = option("picture to write", Path("latency.png"))
     results_file: Path | None = option("write the times as JSON", None)
     amp: bool = option("bfloat16 mixed precision", False, action=argparse.BooleanOptionalAction)

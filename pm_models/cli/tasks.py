@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.task.task import TrainingTask
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import (
+    Sample,
     SegmentationImages,
     calibration_loader,
     check_classes,
@@ -78,7 +78,7 @@ class Classification(_Task):
     loss = staticmethod(F.cross_entropy)  # that tokens are scored by
 
     def open(self, *splits: str) -> tuple[PlainModel, list[Dataset]]:
-        """The model that ``--model`` names, a saved folder or one of timm's names, and the data's splits.
+        """The model that ``--model`` names, a saved folder or one of timm's names, and the data's splits, if any.
 
         Raises:
             ValueError, FileNotFoundError: there is no such model or data, or they do not fit each other.
@@ -92,7 +92,7 @@ class Classification(_Task):
         else:
             check_name(chosen.model, "--model")
             datasets = self._datasets(splits, chosen.in_chans or 3)
-            classes = class_names(datasets[0])
+            classes = class_names(datasets[0]) if datasets else None
             model = self._named_model(chosen.num_classes or (len(classes) if classes else None))
         for dataset in datasets:
             check_classes(dataset, model)
@@ -129,9 +129,9 @@ class Classification(_Task):
             f"{measures['images']} images"
         )
 
-    def samples(self, dataset: Dataset, model: PlainModel, count: int) -> list[np.ndarray]:
+    def samples(self, dataset: Dataset, model: PlainModel, count: int) -> list[Sample]:
         """Images as the model sees them, for pictures."""
-        return [sample.picture for sample in sample_images(dataset, model, count, **self._preparation)]
+        return sample_images(dataset, model, count, **self._preparation)
 
     def save_predictions(self, dataset: Dataset, models: Mapping[str, PlainModel], count: int, path: Path) -> None:
         """A picture of what the models predict, where predictions are pictures: not here."""
@@ -153,15 +153,18 @@ class Segmentation(_Task):
                     "train --task segmentation"
                 )
             datasets = self._datasets(splits, chosen.num_classes or model.num_classes)
-            if datasets[0].num_classes != model.num_classes:
-                raise ValueError(
-                    f"the data has {datasets[0].num_classes} classes, but the model tells {model.num_classes} apart"
-                )
+            for dataset in datasets:
+                if dataset.num_classes != model.num_classes:
+                    raise ValueError(
+                        f"the data has {dataset.num_classes} classes, but the model tells {model.num_classes} apart"
+                    )
         else:
             check_name(chosen.model, "--model")
+            if not splits and chosen.num_classes is None:
+                raise ValueError(f"--num-classes must be given for a Segmenter on {chosen.model}, as there is no data")
             datasets = self._datasets(splits, chosen.num_classes)
-            model = self._named_segmenter(datasets[0].num_classes)
-        if self.options.command != "eval" and self.accelerator.is_main_process:
+            model = self._named_segmenter(datasets[0].num_classes if datasets else chosen.num_classes)
+        if datasets and self.options.command != "eval" and self.accelerator.is_main_process:
             warn_of_labels(datasets[0])
         return model, datasets
 
@@ -219,10 +222,9 @@ class Segmentation(_Task):
             f"mIoU {measures['miou']:.2f}%, mAcc {measures['macc']:.2f}%, aAcc {measures['aacc']:.2f}%"
         )
 
-    def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[np.ndarray]:
-        height, width = model.image_size
+    def samples(self, dataset: SegmentationImages, model: Segmenter, count: int) -> list[Sample]:
         samples = sample_images(dataset, model, count, **self._preparation)
-        return [sample.picture[:height, :width] for sample in samples]
+        return [sample.cropped(model.image_size) for sample in samples]
 
     def save_predictions(
         self, dataset: SegmentationImages, models: Mapping[str, Segmenter], count: int, path: Path

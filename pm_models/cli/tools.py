@@ -14,7 +14,7 @@ from ..adaptive_plan import AdaptivePlan
 from ..budget import LatencyTable, measure_latency
 from ..checkpoints import CONFIG_NAME
 from ..compression import plan_from
-from ..data import read_image
+from ..data import read_image, read_sample
 from ..export import export_model
 from ..files import write_atomically
 from ..loading import load_model
@@ -22,7 +22,7 @@ from ..measure import alternate, throughput
 from ..models import compression_of, input_size, tokens_of, uncompressed
 from ..plan import CompressionPlan
 from ..report import format_table
-from ..visualize import save_latency_picture, save_plan_picture
+from ..visualize import save_cluster_picture, save_latency_picture, save_plan_picture
 from .options import Bench, Demo, Export, Show
 
 _PIXELS = 448  # of the longer side of a picture under a plan
@@ -67,12 +67,19 @@ def show(options: Show) -> None:
         outputs = [options.output.with_stem(f"{options.output.stem}-{index + 1}") for index in range(count)]
     print(plan)
     if isinstance(plan, AdaptivePlan):
-        raise ValueError(
-            f"{options.plan} is an adaptive plan: what merges differs from image to image, so that it has no picture"
-        )
-    pictures = [_under_plan(path, plan) for path in options.images] or [None]
-    for output, picture in zip(outputs, pictures, strict=True):
-        save_plan_picture(plan, output, picture)
+        if not options.images or not (options.plan / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{options.plan} is an adaptive plan, which merges by what is in each image: for pictures give the "
+                "folder of a model, and images"
+            )
+        model = load_model(options.plan).eval()
+        samples = [read_sample(path, model) for path in options.images]
+        saves = [partial(save_cluster_picture, model, image=sample.image, picture=sample.picture) for sample in samples]
+    else:
+        pictures = [_under_plan(path, plan) for path in options.images] or [None]
+        saves = [partial(save_plan_picture, plan, image=picture) for picture in pictures]
+    for output, save in zip(outputs, saves, strict=True):
+        save(output)
         print(f"picture: {output}")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -171,10 +172,6 @@ def make_loader(
         ValueError: the data set has fewer images than a training batch, or none.
     """
     check_size(dataset, batch_size if training else 1)
-    model = unwrapped(model)
-    config = resolve_model_data_config(model, {"input_size": input_size(model)})
-    mean, std = normalisation(model, options)
-    prepared = {name: config[name] for name in ("input_size", "interpolation", "crop_pct", "crop_mode")}
     if training and not isinstance(dataset, IterableDataset):
         dataset = SeededImages(dataset, seed)
     return create_loader(
@@ -185,8 +182,16 @@ def make_loader(
         persistent_workers=workers > 0,
         use_prefetcher=False,
         device=torch.device("cpu"),
-        **prepared | options | {"mean": mean, "std": std},
+        **preparation(unwrapped(model), options),
     )
+
+
+def preparation(model: PlainModel, given: Mapping[str, object]) -> dict[str, object]:
+    """What timm is told to prepare images by: ``given``, otherwise the model's own."""
+    config = resolve_model_data_config(model, {"input_size": input_size(model)})
+    mean, std = normalisation(model, given)
+    own = {name: config[name] for name in ("input_size", "interpolation", "crop_pct", "crop_mode")}
+    return own | given | {"mean": mean, "std": std}
 
 
 def calibration_loader(

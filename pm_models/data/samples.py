@@ -1,16 +1,22 @@
-"""Some images of a data set, to draw."""
+"""Some images, to draw: of a data set, or of a file."""
 
+import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from torchvision import tv_tensors
 
-from ..models import Model
-from .classification import make_loader
+from ..models import Model, encoder_of
+from ..segmenter import Segmenter
+from .classification import make_loader, preparation
+from .images import read_image
 from .loaders import normalisation
-from .segmentation import SegmentationImages, make_evaluation_loader
+from .segmentation import SegmentationImages, evaluation_transform, make_evaluation_loader
 
 
 class Sample(NamedTuple):
@@ -18,7 +24,13 @@ class Sample(NamedTuple):
 
     picture: np.ndarray
     image: Tensor
-    labels: np.ndarray
+    labels: np.ndarray | None = None
+
+    def cropped(self, size: tuple[int, int]) -> "Sample":
+        """The middle of the image, (height, width) in pixels."""
+        top, left = ((whole - side) // 2 for whole, side in zip(self.picture.shape, size, strict=False))
+        rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+        return Sample(self.picture[rows, columns], self.image[:, rows, columns])
 
 
 def sample_images(dataset: Dataset, model: Model, count: int, **options: object) -> list[Sample]:
@@ -41,8 +53,24 @@ def sample_images(dataset: Dataset, model: Model, count: int, **options: object)
     else:
         count = min(count, len(dataset))
         chosen = (loader.dataset[index * len(dataset) // count] for index in range(count))
-    mean, std = (torch.tensor(values)[:, None, None] for values in normalisation(model, options))
-    return [
-        Sample((image * std + mean).clamp(0, 1).movedim(0, -1).squeeze(-1).numpy(), image, np.asarray(labels))
-        for image, labels in chosen
-    ]
+    return [Sample(_picture(image, model, options), image, np.asarray(labels)) for image, labels in chosen]
+
+
+def read_sample(path: str | os.PathLike, model: Model) -> Sample:
+    """The image of a file as the model is evaluated on it; for a Segmenter, the middle of its size.
+
+    Raises:
+        OSError, ValueError: as :func:`read_image` does.
+    """
+    pixels = read_image(path, "L" if encoder_of(model).in_chans == 1 else "RGB")
+    if isinstance(model, Segmenter):
+        transform = evaluation_transform(model.image_size, *normalisation(model, {}))
+        image = transform(tv_tensors.Image(pixels))
+        return Sample(_picture(image, model, {}), image).cropped(model.image_size)
+    image = create_transform(**preparation(model, {}))(pixels)
+    return Sample(_picture(image, model, {}), image)
+
+
+def _picture(image: Tensor, model: Model, given: Mapping[str, object]) -> np.ndarray:
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalisation(model, given))
+    return (image * std + mean).clamp(0, 1).movedim(0, -1).squeeze(-1).numpy()

@@ -76,6 +76,7 @@ class AdaptiveReduction(nn.Module):
         *,
         grid: tuple[int, int] | None = None,
         maps: dict[int, Tensor | None] | None = None,
+        clusters: dict[int, Tensor | None] | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
         """Run the blocks on x (B, N, D), and return the rows of ``readout``.
@@ -89,9 +90,11 @@ class AdaptiveReduction(nn.Module):
             grid: of the patches, where it is not the plan's.
             maps: to be filled in with the full map after each block that it has a key for. The last of them ends the
                 run, and its map is returned.
+            clusters: to be filled in with the merged token (B, N - P) that each patch is in, before each block that it
+                has a key for.
             checkpointing: compute what is in blocks again in backward.
         """
-        prefix, maps = self._plan.num_prefix_tokens, maps or {}
+        prefix, maps, clusters = self._plan.num_prefix_tokens, maps or {}, clusters or {}
         grid = grid or self._plan.grid
         planned = self._plan.tokens_of(x.shape[1] - prefix)
         call = checkpoint if checkpointing and torch.is_grad_enabled() else None
@@ -101,6 +104,8 @@ class AdaptiveReduction(nn.Module):
             normed = None
             if tokens < state.x.shape[1]:
                 state, normed = self._merged(state, block, tokens)
+            if number in clusters:
+                clusters[number] = _members(state, x)[:, prefix:].long() - prefix
             last = number == len(blocks) - 1
             step = partial(
                 _step,
@@ -180,6 +185,13 @@ def _compared(block: nn.Module, x: Tensor) -> Tensor:
     if isinstance(block, Block | EvaBlock):
         return block.norm1(x)
     return F.layer_norm(x, x.shape[-1:])
+
+
+def _members(state: State, x: Tensor) -> Tensor:
+    """(B, N), the token that each of the tokens x (B, N, D) of the first block went into."""
+    if state.members is not None:
+        return state.members
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
 
 def _full_map(state: State) -> Tensor:

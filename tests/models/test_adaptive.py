@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from families import FAMILIES
-from helpers import images_for, matched_one_by_one, small_vit
+from helpers import images_for, matched_one_by_one, plan_for, small_vit
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
@@ -43,8 +43,10 @@ class MergingByHand(nn.Module):
     def __init__(self, blocks, plan, turns=None, mixed=False):
         super().__init__()
         self.blocks, self.plan, self.turns, self.mixed = nn.ModuleList(blocks), plan, turns, mixed
+        self.clusters = {}
 
     def forward(self, x, rope=None, **_):
+        self.clusters = {number: [] for number in self.plan.merges}
         return torch.cat([self.of_image(image[None], rope) for image in x])
 
     def of_image(self, x, rope):
@@ -62,6 +64,7 @@ class MergingByHand(nn.Module):
                 step[segments[0].long(), torch.arange(x.shape[1])] = 1
                 x = (step * sizes) @ x / (step @ sizes)[:, None]
                 members = step @ members
+                self.clusters[number].append(members[prefix:, prefix:].argmax(dim=0))
             given = {"attn_mask": members.sum(dim=1).log()[None, None, None].expand(1, 1, len(members), -1)}
             if rope is not None:
                 table, turns = (rope[number], self.turns[number]) if self.mixed else (rope, self.turns)
@@ -86,6 +89,18 @@ def rotary_means(table, members, grid, more):
     return torch.cat([merged.sin(), merged.cos()], dim=-1)
 
 
+def check_clusters(model, oracle, images):
+    """Every merge's are those of the oracle's last forward, and as many as the plan says."""
+    found, expected = model.clusters(images), oracle.blocks[0].clusters
+    plan = oracle.blocks[0].plan
+    assert found.keys() == expected.keys() == plan.merges.keys()
+    for block, clusters in found.items():
+        assert clusters.dtype == torch.int64
+        assert torch.equal(clusters, torch.stack(expected[block]))
+        for image in clusters:
+            assert len(image.unique()) == plan.merges[block] - plan.num_prefix_tokens
+
+
 def by_hand(dense, plan):
     model = copy.deepcopy(dense)
     own = plan.resize(tuple(dense.patch_embed.grid_size))
@@ -107,6 +122,7 @@ def test_a_family(family, tmp_path):
         torch.testing.assert_close(
             model.forward_features(images), oracle.forward_features(images), rtol=1e-6, atol=1e-6
         )
+        check_clusters(model, oracle, images)
         torch.testing.assert_close(model.uncompressed()(images), dense(images))
         maps = model.forward_intermediates(images, intermediates_only=True)
         assert all(found.shape[2:] == plan.grid for found in maps)
@@ -148,6 +164,24 @@ def test_blocks_of_other_kinds():
         features, alone = model.forward_features(images), model.forward_features(images[1:2])
         assert features.shape == dense.forward_features(images).shape
         torch.testing.assert_close(alone, features[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_clusters_are_asked_for_at_any_time():
+    """In training, with checkpointing, of a model that is cut; nothing is left on the model."""
+    dense = small_vit()
+    model, images = compress(dense, adaptive_plan(dense)), images_for(dense)
+    before, expected = set(vars(model)), model.clusters(images)
+    assert list(expected) == [1, 4]
+    model.train().set_grad_checkpointing()
+    found = model.clusters(images)
+    assert all(torch.equal(found[block], expected[block]) for block in expected)
+    assert set(vars(model)) == before
+    model.prune_intermediate_layers([2])
+    found = model.clusters(images)
+    assert list(found) == [1]
+    assert torch.equal(found[1], expected[1])
+    with pytest.raises(ValueError, match=r"clusters need a model with an AdaptivePlan.*plan\.stage_of"):
+        compress(dense, plan_for(dense)).clusters(images)
 
 
 def test_without_merges_nothing_changes():
@@ -210,6 +244,9 @@ def test_other_grids(name):
         assert features.shape[1] == 56 + dense.num_prefix_tokens
         expected = by_hand(dense, scaled).forward_features(images)
         torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
+        oracle = by_hand(dense, scaled)
+        oracle(images)
+        check_clusters(model, oracle, images)
     fixed = small_vit(img_size=(24, 20), depth=3)
     model = compress(fixed, adaptive_plan(fixed))
     model.set_input_size((32, 28))
@@ -233,6 +270,9 @@ def test_shares_out_of_reach():
         AdaptivePlan.for_model(dense, gmacs=0.01)
     with pytest.raises(ValueError, match="and below 1, got 1"):
         AdaptivePlan.for_model(dense, gmacs=1)
+    with pytest.raises(ValueError, match="model must have at least 2 patches to merge, got 1"):
+        AdaptivePlan.for_model(small_vit(img_size=4))
+    assert len(AdaptivePlan.candidates(small_vit(img_size=(4, 8)))) == 1
 
 
 def test_plans_are_saved(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import images_for, small_vit
 
-from pm_models import CompressionPlan, budget, compress
-from pm_models.budget import LatencyTable, fit_gmacs, fit_speedup, measure_latency
+from pm_models import AdaptivePlan, CompressionPlan, budget, compress
+from pm_models.budget import KeepRates, LatencyTable, fit_gmacs, fit_speedup, measure_latency
 from pm_models.measure import count_gmacs
 
 PATCHES = 35
@@ -24,14 +24,29 @@ def make_plan():
     return lambda keep_rate: CompressionPlan.from_scores(scores, (7, 5), keep_rate, 0.1)
 
 
+@pytest.fixture(params=["static", "adaptive"])
+def plans(request, model, make_plan):
+    """Every plan there is, from the fewest tokens on."""
+    return KeepRates(make_plan, PATCHES, 0.1) if request.param == "static" else AdaptivePlan.candidates(model)
+
+
+def test_every_keep_rate_that_differs(make_plan):
+    plans = KeepRates(make_plan, PATCHES, 0.1)
+    assert len(plans) == 31  # of 35 patches, 3.5 are pruned
+    for index in (0, 1, 17, 30):
+        assert plans[index] == make_plan((index + 1) / PATCHES + 1e-9)
+    tokens = [sum(plan.tokens) for plan in plans]
+    assert tokens == sorted(set(tokens))
+
+
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.6])
-def test_gmacs_are_met_and_no_higher_rate_would(model, make_plan, share):
+def test_gmacs_are_met_and_no_more_tokens_would(model, plans, share):
     size = (3, 28, 20)
     target = share * count_gmacs(model, size)
-    fitted = fit_gmacs(model, make_plan, partial(compress, model), 0.1, target)
+    fitted = fit_gmacs(model, plans, partial(compress, model), target)
     assert fitted.value == count_gmacs(compress(model, fitted.plan), size) <= target
-    assert fitted.plan == make_plan(fitted.keep_rate)
-    more = make_plan(fitted.keep_rate + 1 / PATCHES)
+    assert fitted.plan == plans[fitted.index]
+    more = plans[fitted.index + 1]
     assert sum(more.tokens) > sum(fitted.plan.tokens)
     assert count_gmacs(compress(model, more), size) > target
 
@@ -39,13 +54,13 @@ def test_gmacs_are_met_and_no_higher_rate_would(model, make_plan, share):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (1e-6, "target_gmacs must be at least .* one patch a block"),
+        (1e-6, "target_gmacs must be at least .*, with the fewest tokens, got 1e-06"),
         (10.0, "target_gmacs must be below the uncompressed model's"),
     ],
 )
-def test_gmacs_out_of_reach(model, make_plan, target, message):
+def test_gmacs_out_of_reach(model, plans, target, message):
     with pytest.raises(ValueError, match=message):
-        fit_gmacs(model, make_plan, partial(compress, model), 0.1, target)
+        fit_gmacs(model, plans, partial(compress, model), target)
 
 
 def test_the_table_is_read_between_its_points():
@@ -64,34 +79,33 @@ def test_the_table_is_read_between_its_points():
 
 @pytest.mark.parametrize("error", [0.8, 1.0, 1.15])
 @pytest.mark.parametrize("target", [1.2, 1.6, 2.2])
-def test_speed_is_met_though_the_table_is_off(monkeypatch, model, make_plan, target, error):
+def test_speed_is_met_though_the_table_is_off(monkeypatch, model, plans, target, error):
     """The device is by a factor slower or faster than the table says: the choice follows the device."""
     table = LatencyTable(tokens=(2, 36), seconds=(0.5, 6.0), rest=0.5)
 
-    def device(_, compressed, __):
-        return 1 + error * (table.speedup(compressed.plan) - 1)
+    def speed(plan):
+        return 1 + error * (table.speedup(plan) - 1)
 
     monkeypatch.setattr(budget, "measure_latency", lambda *_: table)
-    monkeypatch.setattr(budget, "_speedup", device)
-    fitted = fit_speedup(model, make_plan, partial(compress, model), 0.1, target, images_for(model))
-    assert fitted.value == device(None, compress(model, fitted.plan), None)
-    distances = [
-        abs(device(None, compress(model, make_plan(count / PATCHES + 1e-9)), None) - target) for count in range(1, 32)
-    ]
-    assert abs(fitted.value - target) <= min(distances) + 0.03 * target
+    monkeypatch.setattr(budget, "_speedup", lambda _, compressed, __: speed(compressed.plan))
+    speeds = [speed(plan) for plan in plans]
+    fitted = fit_speedup(model, plans, partial(compress, model), target, images_for(model))
+    assert fitted.plan == plans[fitted.index]
+    assert fitted.value == speeds[fitted.index]
+    assert abs(fitted.value - target) <= min(abs(speed - target) for speed in speeds) + 0.03 * target
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         (1.0, "target_speedup must be above 1, got 1"),
-        (50.0, "target_speedup must be at most about .* at batch 3 on cpu"),
+        (50.0, "target_speedup must be at most about .* at batch 3 on cpu, with the fewest tokens, got 50"),
     ],
 )
-def test_speed_out_of_reach(monkeypatch, model, make_plan, target, message):
+def test_speed_out_of_reach(monkeypatch, model, plans, target, message):
     monkeypatch.setattr(budget, "measure_latency", lambda *_: LatencyTable((2, 36), (0.5, 6.0), 0.5))
     with pytest.raises(ValueError, match=message):
-        fit_speedup(model, make_plan, partial(compress, model), 0.1, target, images_for(model))
+        fit_speedup(model, plans, partial(compress, model), target, images_for(model))
 
 
 def test_what_the_table_measures(monkeypatch, model):

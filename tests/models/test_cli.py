@@ -156,12 +156,11 @@ def test_compress_to_a_budget(capsys, monkeypatch, data, dense, tmp_path):
     assert 0.45 * whole < count_gmacs(model, size) <= 0.6 * whole
     assert re.search(r"keep rate 0\.\d{3} for [\d.e-]+ GMACs: [\d.e-]+", out)
 
-    def fit(model, make_plan, make_model, prune_rate, target, images):
+    def fit(model, plans, make_model, target, images):
         assert not model.training
-        assert (prune_rate, target, images.shape[1:]) == (0.1, 1.25, size)
-        plan = make_plan(0.5)
-        assert make_model(plan).plan == plan
-        return Fit(plan, 0.5, 1.26)
+        assert (len(plans), target, images.shape[1:]) == (int(0.9 * 16), 1.25, size)
+        assert make_model(plans[7]).plan == plans[7]
+        return Fit(plans[7], 7, 1.26)
 
     monkeypatch.setattr("pm_models.cli.commands.fit_speedup", fit)
     status, out, _ = run(capsys, *common, "--output", tmp_path / "speed", "--target-speedup", "1.25")
@@ -213,10 +212,10 @@ def test_an_adaptive_model_is_tuned_and_measured(capsys, data, dense, tmp_path):
     assert not torch.equal(tuned.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
     status, out, err = run(capsys, "eval", data, "--model", tmp_path / "tuned", *COMMON)
     assert status == 0, err
-    status, out, err = run(capsys, "show", tmp_path / "tuned", "--output", tmp_path / "plan.png")
-    assert status == 2
-    assert "AdaptivePlan: 4 x 4 patches" in out
-    assert "is an adaptive plan: what merges differs from image to image" in err
+    pictures = {"accuracy.png", "merging-1.png", "merging-2.png", "merging-3.png"}
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
+        *MODEL_FILES, *pictures, "training.json", "summary.csv"
+    }  # fmt: skip
 
 
 def test_finetune_compresses_first(capsys, data, dense, tmp_path):
@@ -305,6 +304,9 @@ def test_options_from_a_file(capsys, data, tmp_path):
     assert (model.embed_dim, len(model.blocks)) == (32, 3)
     arguments = ["compress", data, "--config", config, "--model", output, *COMMON, "--score-batches", "1", "--output"]
     assert run(capsys, *arguments, tmp_path / "by file")[0] == 0
+    arguments.remove(data)
+    assert run(capsys, *arguments, tmp_path / "data last", "--", data)[0] == 0  # which gives no option
+    arguments.insert(1, data)
     gmacs = 0.8 * count_gmacs(model, (3, 32, 32))
     status, out, err = run(capsys, *arguments, tmp_path / "by hand", "--target-gmacs", gmacs)
     assert status == 0, err
@@ -528,8 +530,30 @@ MISTAKES = {
         ["train", "{other}", *MODEL, *SHAPE, "--output", "{tmp}/out"],
         "the splits of the data have different classes: cats, cows not in every one of them",
     ),
-    "uncompressed": ([*FINETUNE, "{dense}"], "is uncompressed: give --keep-rate .* and --prune-rate, or a folder"),
-    "uncompressed, half told": ([*FINETUNE, "{dense}", "--keep-rate", "0.5"], "is uncompressed: give --keep-rate"),
+    "uncompressed": (
+        [*FINETUNE, "{dense}"],
+        "is uncompressed: give --keep-rate .* and --prune-rate, or --adaptive, or a folder",
+    ),
+    "uncompressed, half told": (
+        [*FINETUNE, "{dense}", "--keep-rate", "0.5"],
+        "is uncompressed: give --prune-rate, or --adaptive",
+    ),
+    "no rates": (
+        ["compress", "{data}", "--model", "{dense}", "--output", "{tmp}/out"],
+        "the following arguments are required: --keep-rate .*, --prune-rate; or --adaptive",
+    ),
+    "no data": (
+        ["compress", "--model", "{dense}", "--output", "{tmp}/out", "--keep-rate", "0.6"],
+        "the following arguments are required: DATA, --prune-rate; or --adaptive",
+    ),
+    "data that nothing looks at": (
+        ["compress", "{data}", "--model", "{dense}", "--output", "{tmp}/out", "--adaptive"],
+        "DATA cannot be given with --adaptive, which looks at no images, got {data}",
+    ),
+    "adaptive with rates": (
+        [*COMPRESS, "--model", "{dense}", "--adaptive", "--size-bias"],
+        "--keep-rate, --prune-rate, --size-bias cannot be given with --adaptive",
+    ),
     "a segmenter": ([*FINETUNE, "{segmenter}"], "holds a Segmenter: give --task segmentation"),
     "no model": ([*FINETUNE, "{tmp}/nowhere"], "nowhere is neither a saved folder nor a timm model"),
     "not a folder": ([*FINETUNE, "{tmp}"], "is no saved model: expected config.json and model.safetensors"),
@@ -578,7 +602,7 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, data, dense, compressed
     ("arguments", "message"),
     [
         (["compres"], "invalid choice: 'compres'"),
-        (["compress", "data", "--model", "x", "--output", "y"], "required: --prune-rate"),
+        (["compress", "data", "--output", "y", "--adaptive"], "required: --model"),
         (["eval", "data", "--model", "x", "-b", "0"], "must be at least 1, got 0"),
         (["compress", "d", "--model", "x", "--keep-rate", ".6", "--prune-rate", "0", "--stages", "a-b"],
          "expected blocks such as 0-2,3-5,6, got 'a-b'"),

@@ -1,4 +1,4 @@
-"""Augmentation that a stopped run repeats."""
+"""Augmentation that a stopped run repeats, and single images as evaluation has them."""
 
 import random
 
@@ -8,7 +8,16 @@ import torch
 from helpers import small_vit
 from PIL import Image
 
-from pm_models.data import SeededImages, make_loader, open_dataset
+from pm_models import Segmenter
+from pm_models.data import (
+    SeededImages,
+    SegmentationImages,
+    make_evaluation_loader,
+    make_loader,
+    open_dataset,
+    read_sample,
+    sample_images,
+)
 
 
 @pytest.fixture
@@ -74,3 +83,30 @@ def test_the_other_random_numbers_are_left_alone(folder):
             assert first[1:] != second[1:]
         expected.append((float(torch.rand(1)), random.random(), float(numpy.random.rand())))
     assert expected[0] == expected[1]
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_file_is_seen_as_in_evaluation(folder, in_chans):
+    model = small_vit(in_chans=in_chans)
+    dataset = open_dataset(folder, "train", in_chans=in_chans)
+    batch, _ = next(iter(make_loader(dataset, model, batch_size=8, workers=0)))
+    samples = sample_images(dataset, model, 8)
+    for (path, _), image, expected in zip(dataset.samples, batch, samples, strict=True):
+        sample = read_sample(path, model)
+        assert torch.equal(sample.image, image)
+        numpy.testing.assert_array_equal(sample.picture, expected.picture)
+        assert sample.picture.shape == ((28, 20) if in_chans == 1 else (28, 20, 3))
+
+
+def test_a_segmenter_sees_the_middle_of_a_file(tmp_path):
+    for name, pixels in (("images", torch.randint(0, 256, (35, 56, 3))), ("labels", torch.zeros(35, 56))):
+        (tmp_path / name / "train").mkdir(parents=True)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / name / "train" / "0.png")
+    model = Segmenter(small_vit(), 3)
+    dataset = SegmentationImages(tmp_path, "train", num_classes=3)
+    whole, _ = next(iter(make_evaluation_loader(dataset, model, workers=0)))
+    assert whole.shape[2:] == (28, 44)
+    sample = read_sample(tmp_path / "images" / "train" / "0.png", model)
+    assert torch.equal(sample.image, whole[0, :, :, 12:32])
+    (expected,) = sample_images(dataset, model, 1)
+    numpy.testing.assert_array_equal(sample.picture, expected.picture[:, 12:32])

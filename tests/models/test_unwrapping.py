@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pm_models import (
+    AdaptivePlan,
     Segmenter,
     compress,
     export_model,
@@ -20,7 +21,7 @@ from pm_models import (
     to_timm,
     warmup,
 )
-from pm_models.budget import fit_gmacs
+from pm_models.budget import KeepRates, fit_gmacs
 from pm_models.measure import count_gmacs
 
 
@@ -153,10 +154,12 @@ def test_counted_and_fitted(wrap):
     wrapped = wrap(dense)
     assert count_gmacs(wrapped, size) == gmacs
     torch.manual_seed(0)
-    fit = fit_gmacs(
-        wrapped, lambda rate: plan_for(dense, rate, 0.0), lambda plan: compress(wrapped, plan), 0.0, 0.6 * gmacs
-    )
-    assert 0.3 * gmacs < fit.value <= 0.6 * gmacs
+    for plans in (
+        KeepRates(lambda rate: plan_for(dense, rate, 0.0), dense.patch_embed.num_patches, 0.0),
+        AdaptivePlan.candidates(dense),
+    ):
+        fit = fit_gmacs(wrapped, plans, lambda plan: compress(wrapped, plan), 0.6 * gmacs)
+        assert 0.3 * gmacs < fit.value <= 0.6 * gmacs
 
 
 def test_a_segmenter_on_it(wrap):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from helpers import plan_for, small_vit
 from matplotlib.colors import to_rgb
 
-from pm_models import CompressionPlan, StagePlan
-from pm_models.visualize import plan_figure
+from pm_models import AdaptivePlan, CompressionPlan, Segmenter, StagePlan, compress
+from pm_models.visualize import cluster_figure, plan_figure
 
 KEPT, MERGED, PRUNED = (to_rgb(colour) for colour in ("#2a9d8f", "#e9c46a", "#3d405b"))
 
@@ -41,3 +42,71 @@ def test_saves_as_a_picture(tmp_path, image):
 
 def test_a_plan_without_stages_is_an_empty_picture(tmp_path):
     plan_figure(CompressionPlan((2, 3), 4, 1, ())).savefig(tmp_path / "plan.png", dpi=20)
+
+
+CLUSTERED = {  # models, the sizes of their images, and the grids
+    "a class token": (lambda: small_vit(), (28, 20), (7, 5)),
+    "registers and rotary positions": (lambda: small_vit("vit_small_patch16_dinov3"), (28, 20), (7, 5)),
+    "no prefix tokens": (lambda: small_vit("vit_base_patch16_siglip_224"), (28, 20), (7, 5)),
+    "images of another size": (lambda: small_vit(dynamic_img_size=True), (20, 32), (5, 8)),
+    "patches that are no squares": (lambda: small_vit(patch_size=(4, 5)), (28, 20), (7, 4)),
+    "padded images": (lambda: small_vit(dynamic_img_size=True, dynamic_img_pad=True), (26, 19), (7, 5)),
+    "grey images": (lambda: small_vit(in_chans=1), (28, 20), (7, 5)),
+}
+
+
+@pytest.mark.parametrize("case", CLUSTERED)
+def test_what_has_merged(case):
+    make, size, grid = CLUSTERED[case]
+    dense = make()
+    model = compress(dense, AdaptivePlan.for_model(dense, gmacs=0.6))
+    image, picture = torch.randn(dense.in_chans, *size), np.random.default_rng(0).random((*size, 3))
+    if dense.in_chans == 1:
+        picture = picture[..., 0]
+    clusters = model.clusters(image[None])
+    figure = cluster_figure(model, image, picture)
+    first, *panels = [panel for panel in figure.axes if panel.images]
+    np.testing.assert_array_equal(first.images[0].get_array(), picture)
+    assert len(panels) == len(clusters) == len(model.plan.merges)
+    rows, columns = dense.patch_embed.patch_size
+    for panel, (block, tokens) in zip(panels, clusters.items(), strict=True):
+        left = len(tokens.unique()) + model.num_prefix_tokens
+        assert panel.get_title() == f"before block {block}: {left} tokens"
+        of_patch = tokens.view(grid).tolist()
+        pixels = {}
+        for y, x in np.ndindex(size):
+            pixels.setdefault(of_patch[y // rows][x // columns], []).append((y, x))
+        expected = picture.copy()
+        for token, places in pixels.items():
+            if (tokens == token).sum() > 1:
+                for place in places:
+                    expected[place] = np.mean([picture[other] for other in places], axis=0)
+        np.testing.assert_allclose(panel.images[0].get_array(), expected)
+        assert panel.images[0].get_extent() == [0, size[1] / columns, size[0] / rows, 0]
+        outlines = {tuple(map(tuple, line)) for line in panel.collections[0].get_segments()}
+        apart = {
+            ((x + 1, y), (x + 1, y + 1))
+            for y, x in np.ndindex(grid[0], grid[1] - 1)
+            if of_patch[y][x] != of_patch[y][x + 1]
+        } | {
+            ((x, y + 1), (x + 1, y + 1))
+            for y, x in np.ndindex(grid[0] - 1, grid[1])
+            if of_patch[y][x] != of_patch[y + 1][x]
+        }
+        assert outlines == apart
+
+
+def test_what_has_merged_in_a_segmenter():
+    encoder = small_vit()
+    plan = AdaptivePlan.for_model(encoder, gmacs=0.6)
+    image, picture = torch.randn(3, 28, 20), np.random.default_rng(0).random((28, 20, 3))
+    alone, within = (
+        cluster_figure(model, image, picture).axes
+        for model in (compress(encoder, plan), Segmenter(encoder, 3).compressed(plan))
+    )
+    for panel, other in zip(alone, within, strict=True):
+        assert panel.get_title() == other.get_title()
+        for drawn, again in zip(panel.images, other.images, strict=True):
+            np.testing.assert_array_equal(drawn.get_array(), again.get_array())
+    with pytest.raises(ValueError, match="clusters need a model with an AdaptivePlan"):
+        cluster_figure(compress(encoder, plan_for(encoder)), image, picture)
