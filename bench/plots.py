@@ -91,3 +91,17 @@ def accuracy_by_speed(
         axes.plot(1, models["dense"][field], "ks", label=f"dense, {when}")
     axes.set_xlabel("times as fast as the dense model in inference")
     axes.set_ylabel(f"top-1 accuracy, {when} (%)")
+
+
+def iou_by_speed(axes: object, records: list[dict]) -> None:
+    """Each method's maps against the dense model's, at every share of the GMACs."""
+    dense, *others = sorted(records, key=lambda record: (-record["share"], -record["iou"]))
+    for method in dict.fromkeys(record["method"] for record in others):
+        found = sorted(
+            (record["encoder_speedup"], 100 * record["iou"]) for record in others if record["method"] == method
+        )
+        style = "o-" if method in ("adaptive", "prune_and_merge") else "o:"
+        axes.plot(*zip(*found, strict=True), style, label=method.replace("_", " "))
+    axes.plot(dense["encoder_speedup"], 100 * dense["iou"], "ks", label="dense")
+    axes.set_xlabel("times as fast as the dense encoder in inference")
+    axes.set_ylabel("IoU with the dense model's map (%)")

@@ -101,7 +101,7 @@ def op_table(content: dict) -> str:
 
 
 def trust_tables(content: dict) -> str:
-    """Errors against float64 beside PyTorch's, the cases that each test tried, all tests by versions."""
+    """What was tried for each promise, errors against float64, the cases of each test, the versions."""
     records = content["records"]
     versions = [record | {"passed": yes(record["passed"])} for record in records if "versions" in record]
     tests = sorted(
@@ -109,7 +109,7 @@ def trust_tables(content: dict) -> str:
         key=lambda row: row["name"],
     )
     errors = table(ERRORS, (record for record in records if "op" in record))
-    return "\n".join([errors, table(CASES, tests), table(VERSIONS, versions)])
+    return "\n".join([tried_table(content), errors, table(CASES, tests), table(VERSIONS, versions)])
 
 
 def tried_table(content: dict) -> str:
@@ -144,9 +144,9 @@ def yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def accuracy_table(content: dict, variants: bool = True) -> str:
+def accuracy_table(content: dict) -> str:
     """Speed and accuracy of each model, the mean of its seeds, and its drop to the dense one."""
-    return table(ACCURACY, (row for row in _of_models(content, "top1") if variants or not row["variant"]))
+    return table(ACCURACY, _of_models(content, "top1"))
 
 
 def pretrained_table(content: dict) -> str:
@@ -172,6 +172,21 @@ def fidelity_table(content: dict, fewest: bool = False) -> str:
     if fewest:
         records = [record for record in records if record["share"] in (1, records[-1]["share"])]
     return table(FIDELITY, ({**record, "method": record["method"].replace("_", " ")} for record in records))
+
+
+def headline(content: dict) -> str:
+    """What merging by content leaves of the dense model's answer, and how fast, in a sentence; beside ToMe."""
+    share = min(record["share"] for record in content["records"])
+    ours, tome = (
+        next(record for record in content["records"] if (record["method"], record["share"]) == (method, share))
+        for method in ("adaptive", "tome")
+    )
+    return (
+        "With no training and no data, a pretrained ViT-S/14 runs "
+        f"**{ours['encoder_speedup']:.2f} times as fast**{' on a CPU' if 'threads' in content else ''}, on "
+        f"{ours['blocks_share']:.0%} of its multiply-accumulates, and what it sees keeps an IoU of "
+        f"**{ours['iou']:.1%}** with what it saw before (ToMe: {tome['encoder_speedup']:.2f} times, {tome['iou']:.1%})."
+    )
 
 
 def _of_models(content: dict, quality: str) -> Iterator[dict]:
@@ -275,6 +290,7 @@ class Section(NamedTuple):
     pictures: tuple[Picture, ...] = ()
     marker: str = ""
     summary: Callable[[dict], str] | None = None  # the README's table, where it is another one
+    headline: Callable[[dict], str] | None = None  # a sentence at the README's top
 
     def report(self, device: Path) -> Iterator[str]:
         """The parts of the section about a device."""
@@ -286,19 +302,19 @@ class Section(NamedTuple):
         for picture in self.pictures:
             yield f"![{picture.title}]({device.name}/{picture.file})\n"
 
-    def readme(self, folder: Path = results.FOLDER) -> str:
-        """The README's block: of a GPU where one was measured, else of the CPU."""
+    def readme(self, folder: Path = results.FOLDER) -> Iterator[tuple[str, str]]:
+        """The README's blocks by their markers: of a GPU where one was measured, else of the CPU."""
         device = next((device for device in devices(folder) if (device / self.file).exists()), None)
-        if device is None:
-            return "Not measured yet.\n"
-        content, wrong = results.read(device / self.file)
-        note = f"{self.note(content)} " if self.note else ""
-        text = f"{(self.summary or self.table)(content)}\n{note}{origin(content, wrong)}\n"
-        text += "\nNo figure here was measured on a GPU.\n" if device.name == "cpu" else ""
-        if note and self.pictures:
-            picture = self.pictures[0]
-            text += f"\n![{picture.title}]({(device / picture.file).relative_to(ROOT)})\n"
-        return text
+        content, wrong = results.read(device / self.file) if device else (None, "")
+        if self.headline:
+            yield "headline", f"{self.headline(content)}\n" if content else ""
+        if self.marker:
+            text = "Not measured yet.\n"
+            if content:
+                note = f"{self.note(content)} " if self.note else ""
+                text = f"{(self.summary or self.table)(content)}\n{note}{origin(content, wrong)}\n"
+                text += "\nNo figure here was measured on a GPU.\n" if device.name == "cpu" else ""
+            yield self.marker, text
 
 
 def _accuracy(file: str, options: str, picture: str, patches: str, **more: object) -> Section:
@@ -311,10 +327,8 @@ def _accuracy(file: str, options: str, picture: str, patches: str, **more: objec
 
 
 ACCURACY_SECTION = _accuracy(
-    ACCURACY_FILE, "", "accuracy.png", "8 x 8", marker="accuracy",
-    summary=lambda content: accuracy_table(content, variants=False),
+    ACCURACY_FILE, "", "accuracy.png", "8 x 8",
 )  # fmt: skip
-TRUST_SECTION = Section("trust", TRUST_FILE, trust_tables, "python -m bench.trust", marker="trust", summary=tried_table)
 SECTIONS = (
     Section(
         "accuracy of a pretrained model", PRETRAINED_FILE, pretrained_table,
@@ -333,7 +347,7 @@ SECTIONS = (
     Section(
         "segmentation", SEGMENTATION_FILE, segmentation_table,
         "python -m bench.accuracy DATA --task segmentation --work FOLDER",
-        partial(training_note, SEGMENTATION_NOTE), marker="segmentation",
+        partial(training_note, SEGMENTATION_NOTE),
         pictures=(
             Picture("What the models see", "segmentation.png"),
             Picture("The plan of keep rate 0.7", "segmentation_plan.png"),
@@ -342,9 +356,13 @@ SECTIONS = (
     Section(
         "fidelity", FIDELITY_FILE, fidelity_table,
         "python -m bench.accuracy CIFAR CAMVID --task fidelity --work FOLDER", fidelity_note, marker="fidelity",
-        summary=lambda content: fidelity_table(content, fewest=True),
+        summary=lambda content: fidelity_table(content, fewest=True), headline=headline,
+        pictures=(
+            Picture("What is left of a model's answer, with no training", "fidelity.png", plots.iou_by_speed),
+            Picture("What merges in an image", "fidelity_clusters.png"),
+        ),
     ),
-    TRUST_SECTION,
+    Section("trust", TRUST_FILE, trust_tables, "python -m bench.trust"),
     Section(
         "model", "model.json", model_table, more=model_settings, marker="table",
         pictures=(
@@ -383,10 +401,10 @@ def whole_report(folder: Path) -> str:
 def with_tables(readme: str, folder: Path = results.FOLDER) -> str:
     """The README's text with the block after each section's marker replaced."""
     for section in SECTIONS:
-        if section.marker:
-            marker = f"<!-- {section.marker} of bench/results -->\n"
+        for name, text in section.readme(folder):
+            marker = f"<!-- {name} of bench/results -->\n"
             before, rest = readme.split(marker)
-            readme = f"{before}{marker}{section.readme(folder)}{_END}{rest.split(_END, 1)[1]}"
+            readme = f"{before}{marker}{text}{_END}{rest.split(_END, 1)[1]}"
     return readme
 
 

@@ -1,4 +1,4 @@
-"""Model families people use, small, with random weights, by the README's names."""
+"""Model families people use, small, with random weights, by the names of docs/families.md."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def randomised(model):
     return model
 
 
-# By the README's name: what makes one, small, in timm's class.
+# By its name there: what makes one, small, in timm's class.
 FAMILIES = {
     "DeiT": lambda: small_vit("deit_small_patch16_224", depth=2),
     "DeiT, distilled": lambda: small_vit("deit_small_distilled_patch16_224", depth=2),

@@ -122,7 +122,6 @@ def test_a_study_from_training_to_the_report(study, tmp_path, monkeypatch, capsy
     top1 = [record["top1"] for record in content["records"]]
     drop = sum(top1[2:4]) / 2 - sum(top1[:2]) / 2
     assert rows[1].endswith(f"| {drop:+.2f} | 2 |")
-    assert "size bias" not in report.accuracy_table(content, variants=False)
     assert "of 3 blocks of width 16 on 16 patches" in report.training_note(report.ACCURACY_NOTE, content)
     report.ACCURACY_SECTION.pictures[0].save(content["records"], tmp_path)
     assert (tmp_path / "accuracy.png").is_file()

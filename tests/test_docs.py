@@ -1,4 +1,4 @@
-"""Every code block of the guides runs: Python as it stands, commands on images made here."""
+"""Every code block of the README and the guides runs: Python as it stands, commands on images made here."""
 
 import inspect
 import re
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import pm_kernels
@@ -18,7 +19,7 @@ import pm_models
 from pm_models.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
-GUIDES = sorted(path.name for path in DOCS.glob("*.md"))
+GUIDES = ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # What a guide's commands are given beside what stands there, so that they end in seconds.
@@ -70,6 +71,7 @@ def save(path, pixels):
 
 
 def run_command(line):
+    AcceleratorState._reset_state(reset_partial_state=True)  # each command is a process of its own
     words = shlex.split(line)
     if words[0] in ONLY_WITH_GPUS:
         words = words[words.index("pm_models") :]  # the command is what it runs, more than once
@@ -102,7 +104,8 @@ def test_a_guide(guide, workplace):
             exec(compile(text, guide, "exec"), namespace)
         elif language == "sh":
             for line in text.splitlines():
-                run_command(line)
+                if not line.startswith("pip install"):  # these are what a fresh environment begins with
+                    run_command(line)
         else:
             assert language == "text", language
     if guide == "compress.md":

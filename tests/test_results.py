@@ -84,14 +84,12 @@ def test_the_report_tells_what_was_tried():
     assert "| torch 2.11.0, triton 3.6.0 | 5 | 1 | yes |" in text
 
 
-def test_the_readme_sums_up_what_was_tried(tmp_path):
+def test_the_report_sums_up_what_was_tried(tmp_path):
     names = ["test_kernels::test_mixes", "test_kernels::test_attention", "test_kills::test_of_what_comes_next[x]"]
     cases = [{"test": f"trust.{name}", "cases": 1000, "passed": "mixes" not in name} for name in names]
     versions = {"versions": "torch 2.11.0", "tests": 2000, "skipped": 1, "passed": True}
     records = trust.joined(tmp_path / "cpu" / "trust.json", [*cases, versions])
-    results.write(tmp_path / "cpu" / "trust.json", {"device": "cpu: x", "threads": 1}, records)
-    results.write(tmp_path / "cpu" / "model.json", {}, [])
-    text = report.TRUST_SECTION.readme(tmp_path)
+    text = report.trust_tables({"records": records})
     assert "| random inputs of the kernels, against float64 | 2,000 | no |" in text
     assert "| test_kills | 1,000 | yes |" in text
     assert "| the tests on torch 2.11.0 | 2,000 | yes |" in text

@@ -22,6 +22,7 @@ from pm_models import AdaptivePlan, CompressionPlan, compress, score_tokens
 from pm_models.files import write_atomically
 from pm_models.measure import alternate, count_gmacs
 from pm_models.models import input_size
+from pm_models.visualize import save_cluster_picture
 
 from .. import results
 from ..machine import describe, versions
@@ -52,6 +53,7 @@ PEERS = {
 METHODS = ("adaptive", *STATIC, *PEERS)
 THRESHOLD = 0.5
 BATCH = 8
+PICTURED = 170  # a street with much road, walls and sky
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,14 @@ class Fidelity:
                     record[f"{field}speedup"] = speed[name] / speed[name.replace(run.name, dense)]
         facts = {"images": self.counts, "threshold": THRESHOLD, "batch": BATCH, "rounds": rounds}
         results.write(path, {**describe(self.device), **facts}, records)
+        self.draw(path.with_name("fidelity_clusters.png"))
+
+    def draw(self, path: Path) -> None:
+        """What merges in one of the images."""
+        encoder = compress(self.encoder, AdaptivePlan.for_model(self.encoder)).eval()
+        image = self.test_images[PICTURED % len(self.test_images)]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        save_cluster_picture(encoder, path, image, (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
 
     def _make(self, method: str, encoder: VisionTransformer, setting: float) -> nn.Module:
         if method in PEERS:

@@ -1,6 +1,6 @@
 """Model families people use, with random weights: each is compressed, trained, folded, saved, loaded and exported.
 
-The README's table of families is what these tests found.
+docs/families.md's table is what these tests found.
 """
 
 import copy
@@ -85,8 +85,8 @@ def test_a_family(family, format, tmp_path):
     assert export_model(loaded, tmp_path / f"model.{format}", format).max_error < 1e-4
 
 
-def test_the_readme_names_the_families():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_guide_names_the_families():
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     rows = []
     for family, make in FAMILIES.items():
         model = make()
