@@ -1,10 +1,11 @@
 """Whole models: compressed against dense, literal, ideal, ToMe, EViT and DynamicViT, on one set of weights.
 
 Keep rate 0.6, prune rate 0.1 on random scores; the peers' own settings are such that their GMACs come closest to ours.
-Inference, and a training step's forward and backward with the activation memory that it takes. On a CPU all run
-eagerly. Segmenter-L at 640 pixels has keep rate 0.7, and ALGM's local merging for a peer. On a GPU, in bfloat16,
-``ours``, ``dense_compiled`` and ``ideal`` are compiled for CUDA graphs, and ``dense_autotuned`` has its products tuned
-besides; ``ours_eager`` and the others run eagerly.
+Inference, and a training step's forward and backward with the activation memory that it takes. Adaptive merging has
+0.62 of the GMACs, and each block of its ``ideal`` as many tokens as it has. On a CPU all run eagerly. Segmenter-L at
+640 pixels has keep rate 0.7, and ALGM's local merging for a peer. On a GPU, in bfloat16, ``ours``, ``dense_compiled``
+and ``ideal`` are compiled for CUDA graphs, and ``dense_autotuned`` has its products tuned besides; ``ours_eager`` and
+the others run eagerly.
 """
 
 import contextlib
@@ -20,15 +21,23 @@ from pm_models.models import input_size
 
 from . import comparison
 from .memory import activation_bytes
-from .models import KEEP_RATE, PRUNE_RATE, SEGMENTER_KEEP_RATE, Compared, compared_models, compared_segmenters
+from .models import (
+    KEEP_RATE,
+    PRUNE_RATE,
+    SEGMENTER_KEEP_RATE,
+    Compared,
+    compared_adaptive,
+    compared_models,
+    compared_segmenters,
+)
 
 SMALL, TINY, BASE = "deit_small_patch16_224", "deit_tiny_patch16_224", "deit_base_patch16_224"
-BASE_384 = "vit_base_patch16_384"
+BASE_384, SMALL_14 = "vit_base_patch16_384", "vit_small_patch14_dinov2"
 SEGMENTER = "segmenter_large"
 
 
 class Case(NamedTuple):
-    """One measurement: ``mode`` inference or train."""
+    """One measurement: ``mode`` inference, train, or adaptive, which is inference with adaptive merging."""
 
     model: str
     mode: str
@@ -50,10 +59,17 @@ QUICK = {
         Case(SMALL, "inference", 32, "bfloat16"),
         Case(SMALL, "train", 8, "float32"),
         Case(SMALL, "train", 8, "bfloat16"),
+        *(
+            Case(name, "adaptive", batch, dtype)
+            for name in (SMALL, SMALL_14)
+            for batch, dtype in ((8, "float32"), (8, "bfloat16"), (32, "float32"), (32, "bfloat16"))
+        ),
     ],
     "cuda": [
         Case(SMALL, "inference", 256, "bfloat16"),
         Case(SMALL, "train", 256, "bfloat16"),
+        Case(SMALL, "adaptive", 256, "bfloat16"),
+        Case(SMALL_14, "adaptive", 256, "bfloat16"),
     ],
 }
 FULL = {
@@ -75,6 +91,7 @@ FULL = {
 }
 PEERS = ("dense_eager", "literal", "ideal", "tome", "evit")
 SEGMENTER_PEERS = ("dense_eager", "literal", "local_merge")
+ADAPTIVE_PEERS = ("dense_eager", "ideal", "tome")
 
 
 def cases(device: str, full: bool) -> list[Case]:
@@ -87,19 +104,23 @@ def names(case: Case, device: str) -> list[str]:
     compiled = ["ours_eager", "dense_compiled", "dense_autotuned"] if device == "cuda" else []
     if case.model == SEGMENTER:
         return ["ours", *compiled, *SEGMENTER_PEERS]
+    if case.mode == "adaptive":
+        return ["ours", *compiled, *ADAPTIVE_PEERS]
     return ["ours", *compiled, *PEERS, *(["dynamicvit"] if case.mode == "inference" else [])]
 
 
 @functools.lru_cache(maxsize=1)
-def compared(name: str, device: str) -> Compared:
+def compared(name: str, device: str, adaptive: bool = False) -> Compared:
     """The last model's peers stay, as its cases come one after another."""
-    return (compared_segmenters() if name == SEGMENTER else compared_models(name)).to(device)
+    if name == SEGMENTER:
+        return compared_segmenters().to(device)
+    return (compared_adaptive if adaptive else compared_models)(name).to(device)
 
 
 def measure(case: Case, device: str, machine: dict) -> dict:
     """One record."""
     torch.compiler.reset()
-    found = compared(case.model, device)
+    found = compared(case.model, device, case.mode == "adaptive")
     images = torch.randn(case.batch, *input_size(found.models["ours"]), device=device)
     chosen = {
         name: _prepared(found.models[_weights(name)].train(case.mode == "train"), name, device)
@@ -111,7 +132,9 @@ def measure(case: Case, device: str, machine: dict) -> dict:
     if case.model == SEGMENTER:
         rounds, keep_rate = 5, SEGMENTER_KEEP_RATE
     flops = 2e9 * found.gmacs["ours"] * case.batch * (3 if case.mode == "train" else 1)
-    facts = {"keep_rate": keep_rate, "prune_rate": PRUNE_RATE, "gmacs": found.gmacs, "settings": found.settings}
+    facts = {"gmacs": found.gmacs, "settings": found.settings}
+    if case.mode != "adaptive":
+        facts |= {"keep_rate": keep_rate, "prune_rate": PRUNE_RATE}
     if case.mode == "train":
         facts["memory"] = _memory(chosen, images, device, case.dtype)
     calls = {name: partial(call, model) for name, model in chosen.items()}

@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pm_models import CompressionPlan, Segmenter, compress
+from pm_models import AdaptivePlan, CompressionPlan, Segmenter, compress
 from pm_models.measure import count_gmacs
+from pm_models.models import input_size
 
 from .peers import Model, dynamic_vit, evit, local_merge, matched, tome
 
@@ -55,6 +56,25 @@ def compared_segmenters() -> Compared:
     models["local_merge"], count = matched(local_merge, dense, windows, gmacs["ours"])
     gmacs["local_merge"] = count_gmacs(models["local_merge"], (3, 640, 640))
     return Compared(models, gmacs, {"local_merge": count})
+
+
+def compared_adaptive(name: str) -> Compared:
+    """``ours`` with an AdaptivePlan for 0.62 of the GMACs, ``dense_eager``, ``ideal`` and ``tome``.
+
+    ``ideal`` is the dense model, each block of which is given the first of as many tokens as ours, with no more done.
+    """
+    torch.manual_seed(0)
+    dense = timm.create_model(name, img_size=224).eval()
+    plan = AdaptivePlan.for_model(dense)
+    ours, ideal, size = compress(dense, plan), copy.deepcopy(dense), input_size(dense)
+    for block, tokens in plan.merges.items():
+        ideal.blocks[block] = nn.Sequential(FirstTokens(tokens), ideal.blocks[block])
+    models = {"ours": ours, "dense_eager": dense, "ideal": ideal}
+    gmacs = {name: count_gmacs(model, size) for name, model in models.items()}
+    merged = list(range(1, 2 * dense.patch_embed.num_patches // len(dense.blocks)))
+    models["tome"], count = matched(tome, dense, merged, gmacs["ours"])
+    gmacs["tome"] = count_gmacs(models["tome"], size)
+    return Compared(models, gmacs, {"tome": count})
 
 
 def compared_models(name: str) -> Compared:

@@ -25,7 +25,7 @@ class State(NamedTuple):
         x: (B, C, D), and ``update`` (B, C, D), which is to be added to it, or ``None``.
         sizes: (B, C), how many tokens each stands for; ``None``: one.
         log_sizes: (B, C), their logarithms, which the attentions add to the logits.
-        members: (B, N), the token that each of all N tokens went into; ``None``: itself.
+        segments: of each merge so far, the token that each of the tokens before it went into.
         places: (B, C - P, 2), rows and columns of the patches, where the model has rotary positions.
     """
 
@@ -33,7 +33,7 @@ class State(NamedTuple):
     update: Tensor | None = None
     sizes: Tensor | None = None
     log_sizes: Tensor | None = None
-    members: Tensor | None = None
+    segments: tuple[Tensor, ...] = ()
     places: Tensor | None = None
 
 
@@ -105,7 +105,10 @@ class AdaptiveReduction(nn.Module):
             if tokens < state.x.shape[1]:
                 state, normed = self._merged(state, block, tokens)
             if number in clusters:
-                clusters[number] = _members(state, x)[:, prefix:].long() - prefix
+                members = _members(state)
+                if members is None:
+                    members = torch.arange(state.x.shape[1], device=x.device).expand(len(x), -1)
+                clusters[number] = members[:, prefix:].long() - prefix
             last = number == len(blocks) - 1
             step = partial(
                 _step,
@@ -126,7 +129,7 @@ class AdaptiveReduction(nn.Module):
 
     def _merged(self, state: State, block: nn.Module, tokens: int) -> tuple[State, Tensor | None]:
         """The state with so many tokens, and the block's norm of them where it is known how to compute it."""
-        x, update, sizes, _, members, places = state
+        x, update, sizes, _, merged, places = state
         prefix, rounds, roots = self._plan.num_prefix_tokens, self._plan.rounds, self._plan.root_sizes
         if sizes is None:
             sizes = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -140,8 +143,7 @@ class AdaptiveReduction(nn.Module):
             segments = found.segments[:, prefix:] - prefix
             places = merge_segments(places.expand(len(x), -1, -1), segments, sizes[:, prefix:], tokens - prefix)
         x, _, normed = transition(x, None, found.matrix, update=update, norm=norm)
-        segments = found.segments if members is None else found.segments.gather(1, members.long())
-        return State(x, None, found.sizes, found.log_sizes, segments, places), normed
+        return State(x, None, found.sizes, found.log_sizes, (*merged, found.segments), places), normed
 
     def _given(
         self, block: nn.Module, state: State, rope: Tensor | None, grid: tuple[int, int], number: int
@@ -187,16 +189,17 @@ def _compared(block: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def _members(state: State, x: Tensor) -> Tensor:
-    """(B, N), the token that each of the tokens x (B, N, D) of the first block went into."""
-    if state.members is not None:
-        return state.members
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+def _members(state: State) -> Tensor | None:
+    """(B, N), the token that each of all N tokens went into; ``None``: itself."""
+    members = None
+    for segments in state.segments:
+        members = segments if members is None else segments.gather(1, members.long())
+    return members
 
 
 def _full_map(state: State) -> Tensor:
     """All N tokens, each that which it went into."""
-    x, update, _, _, members, _ = state
+    x, update, members = state.x, state.update, _members(state)
     if members is None:
         return x if update is None else x + update
     if torch.compiler.is_exporting():

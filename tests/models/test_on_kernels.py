@@ -121,7 +121,7 @@ def test_between_blocks_there_is_one_operator_and_no_full_map(training):
 
 @pytest.mark.parametrize("readout", ["forward", "forward_features"])
 def test_a_merge_adds_at_most_two_launches(readout):
-    """A match, a transition and what composes the segments, for the sum and the norm that a transition has in it."""
+    """A match and a transition, which has the sum and the norm in it; what composes segments, for a full map alone."""
     dense = small_vit(depth=6).to(DEVICE).eval()
     patches, prefix = dense.patch_embed.num_patches, dense.num_prefix_tokens
     images = images_for(dense).to(DEVICE)
@@ -137,7 +137,7 @@ def test_a_merge_adds_at_most_two_launches(readout):
     first, *others = (after - before for before, after in pairwise(counted))
     # The first one also sets out the sizes, and for a full map the rows that every token is to read.
     assert first <= (1 if readout == "forward" else 4)
-    assert all(added <= 2 for added in others)
+    assert all(added <= (0 if readout == "forward" else 2) for added in others)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
