@@ -69,8 +69,8 @@ class AdaptivePlan(Plan):
     def for_model(cls, model: nn.Module, gmacs: float = 0.62) -> "AdaptivePlan":
         """The plan by which a model needs a share of its GMACs: four merges, each of the same share of the patches.
 
-        They stand before blocks 1, 3, 5 and 8 of twelve, and accordingly in a model of another depth. Each has three
-        rounds, and the square roots of sizes in its costs.
+        They stand before blocks 1, 3, 5 and 8 of twelve, and accordingly in a deeper model; one of fewer blocks has the
+        first ones alone, a merge for three blocks. Each has three rounds, and the square roots of sizes in its costs.
 
         Args:
             model: a timm VisionTransformer or Eva, or a :class:`~pm_models.Segmenter`, uncompressed.
@@ -86,14 +86,15 @@ class AdaptivePlan(Plan):
 
     @classmethod
     def candidates(cls, encoder: nn.Module) -> list["AdaptivePlan"]:
-        """Plans of four even merges for a Vision Transformer, at least one, from the fewest tokens on.
+        """Plans of even merges for a Vision Transformer, at least one, the fewest tokens first, see :meth:`for_model`.
 
         Raises:
             ValueError: the model has a single patch.
         """
         grid, depth = tuple(encoder.patch_embed.grid_size), len(encoder.blocks)
         patches, prefix = grid[0] * grid[1], encoder.num_prefix_tokens
-        blocks = sorted({min(int(depth * block / 12 + 0.5), depth - 1) for block in _MERGES_OF_TWELVE})
+        merging = _MERGES_OF_TWELVE[: max(1, depth // 3)]
+        blocks = sorted({min(max(int(depth * block / 12 + 0.5), 1), depth - 1) for block in merging})
         if patches < 2:
             raise ValueError(f"model must have at least 2 patches to merge, got {patches}")
         plans = []

@@ -261,7 +261,15 @@ def test_a_plan_for_a_share_of_the_gmacs(share):
     plan = AdaptivePlan.for_model(dense, gmacs=share)
     counted = count_gmacs(compress(dense, plan), input_size(dense)) / count_gmacs(dense, input_size(dense))
     assert share - 0.01 < counted <= share
-    assert list(plan.merges) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"),
+    [(1, [0]), (2, [1]), (4, [1]), (6, [1, 2]), (9, [1, 2, 4]), (12, [1, 3, 5, 8]), (24, [2, 6, 10, 16])],
+)
+def test_where_models_merge(depth, blocks):
+    for plan in AdaptivePlan.candidates(small_vit(depth=depth)):
+        assert list(plan.merges) == blocks
 
 
 def test_shares_out_of_reach():
