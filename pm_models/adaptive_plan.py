@@ -94,7 +94,7 @@ class AdaptivePlan(Plan):
         grid, depth = tuple(encoder.patch_embed.grid_size), len(encoder.blocks)
         patches, prefix = grid[0] * grid[1], encoder.num_prefix_tokens
         merging = _MERGES_OF_TWELVE[: max(1, depth // 3)]
-        blocks = sorted({min(max(int(depth * block / 12 + 0.5), 1), depth - 1) for block in merging})
+        blocks = sorted({int(depth * block / 12 + 0.7) for block in merging})
         if patches < 2:
             raise ValueError(f"model must have at least 2 patches to merge, got {patches}")
         plans = []

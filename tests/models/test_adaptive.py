@@ -265,7 +265,7 @@ def test_a_plan_for_a_share_of_the_gmacs(share):
 
 @pytest.mark.parametrize(
     ("depth", "blocks"),
-    [(1, [0]), (2, [1]), (4, [1]), (6, [1, 2]), (9, [1, 2, 4]), (12, [1, 3, 5, 8]), (24, [2, 6, 10, 16])],
+    [(1, [0]), (3, [0]), (4, [1]), (6, [1, 2]), (9, [1, 2, 4]), (12, [1, 3, 5, 8]), (24, [2, 6, 10, 16])],
 )
 def test_where_models_merge(depth, blocks):
     for plan in AdaptivePlan.candidates(small_vit(depth=depth)):
