@@ -1,10 +1,27 @@
 """Plots of result files, each a function that draws records into axes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from .results import MODEL_PEERS, means
+
+
+def save_maps(pictures: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
+    """A PNG file with a row for each picture (H, W, 3), and a column for each name's maps (H, W), all from 0 to 1."""
+    from matplotlib.figure import Figure
+
+    columns = {"image": pictures} | {name.replace("_", " "): found for name, found in maps.items()}
+    figure = Figure(figsize=(1.9 * len(columns), 2 * len(pictures)), layout="constrained")
+    panels = figure.subplots(len(pictures), len(columns), squeeze=False)
+    for column, (name, shown) in zip(panels.T, columns.items(), strict=True):
+        column[0].set_title(name, fontsize=9)
+        for panel, values in zip(column, shown, strict=True):
+            panel.imshow(values, cmap="magma", vmin=0, vmax=1)
+            panel.set_axis_off()
+    figure.savefig(path, dpi=75, metadata={"Software": None})
 
 
 def save(draw: Callable[[object, list[dict]], None], records: list[dict], title: str, path: Path) -> None:

@@ -360,6 +360,7 @@ SECTIONS = (
         pictures=(
             Picture("What is left of a model's answer, with no training", "fidelity.png", plots.iou_by_speed),
             Picture("What merges in an image", "fidelity_clusters.png"),
+            Picture("What each method leaves of the maps", "fidelity_maps.png"),
         ),
     ),
     Section("trust", TRUST_FILE, trust_tables, "python -m bench.trust"),

@@ -28,6 +28,7 @@ from .. import results
 from ..machine import describe, versions
 from ..models import RATES
 from ..peers import atm, local_merge, matched, pitome, tome
+from ..plots import save_maps
 from .pretrained import MEAN, STD, Saliency
 from .runs import CARRYING, PRUNE_RATE
 
@@ -54,6 +55,8 @@ METHODS = ("adaptive", *STATIC, *PEERS)
 THRESHOLD = 0.5
 BATCH = 8
 PICTURED = 170  # a street with much road, walls and sky
+DRAWN = ("dense", "adaptive", "tome", "static_stage", "merge_and_carry", "prune_and_merge")
+MAPPED = (1, 60, 130, 170)  # the images whose maps are drawn
 
 
 @dataclass(frozen=True)
@@ -217,14 +220,21 @@ class Fidelity:
                     record[f"{field}speedup"] = speed[name] / speed[name.replace(run.name, dense)]
         facts = {"images": self.counts, "threshold": THRESHOLD, "batch": BATCH, "rounds": rounds}
         results.write(path, {**describe(self.device), **facts}, records)
-        self.draw(path.with_name("fidelity_clusters.png"))
+        self.draw(path.parent, done, records)
 
-    def draw(self, path: Path) -> None:
-        """What merges in one of the images."""
-        encoder = compress(self.encoder, AdaptivePlan.for_model(self.encoder)).eval()
-        image = self.test_images[PICTURED % len(self.test_images)]
+    def draw(self, folder: Path, runs: list[FidelityRun], records: list[dict]) -> None:
+        """What merges in one of the images, and the maps of some methods at the smallest share."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-        save_cluster_picture(encoder, path, image, (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+        chosen = self.test_images[[index % len(self.test_images) for index in (PICTURED, *MAPPED)]]
+        pictures = (chosen * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        adaptive = compress(self.encoder, AdaptivePlan.for_model(self.encoder)).eval().to(self.device)
+        save_cluster_picture(adaptive, folder / "fidelity_clusters.png", chosen[0], pictures[0])
+        maps = {
+            run.method: self._maps(self.build(run, record["setting"]), chosen[1:]).numpy()
+            for run, record in zip(runs, records, strict=True)
+            if run.method in DRAWN and run.share in (1, SHARES[0])
+        }
+        save_maps(pictures[1:], maps, folder / "fidelity_maps.png")
 
     def _make(self, method: str, encoder: VisionTransformer, setting: float) -> nn.Module:
         if method in PEERS:
