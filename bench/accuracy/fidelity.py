@@ -52,6 +52,20 @@ PEERS = {
     "algm": lambda encoder, count: local_merge(encoder, count, later=3 * count),  # as many again
 }
 METHODS = ("adaptive", *STATIC, *PEERS)
+# What the default of adaptive merging was chosen from: arguments of AdaptivePlan.candidates.
+SCHEDULES = {
+    "adaptive": {},
+    "one round": {"rounds": 1},
+    "two rounds": {"rounds": 2},
+    "four rounds": {"rounds": 4},
+    "sizes themselves": {"root_sizes": False},
+    "before 1 and 5": {"blocks": (1, 5)},
+    "before 1, 4 and 7": {"blocks": (1, 4, 7)},
+    "before 2, 4, 6 and 9": {"blocks": (2, 4, 6, 9)},
+    "before every second": {"blocks": (1, 3, 5, 7, 9, 11)},
+    "before every second, two rounds": {"blocks": (1, 3, 5, 7, 9, 11), "rounds": 2},
+    "before each, one round": {"blocks": range(1, 12), "rounds": 1},
+}
 THRESHOLD = 0.5
 BATCH = 8
 PICTURED = 170  # a street with much road, walls and sky
@@ -76,18 +90,29 @@ def fidelity_runs() -> list[FidelityRun]:
     return [FidelityRun("dense"), *(FidelityRun(method, share) for share in SHARES for method in METHODS)]
 
 
+def schedule_runs() -> list[FidelityRun]:
+    """The dense model, ToMe, and every schedule of adaptive merging, at the smallest share."""
+    return [FidelityRun("dense"), *(FidelityRun(method, SHARES[0]) for method in ("tome", *SCHEDULES))]
+
+
 class Fidelity:
-    """A saliency model without training, and its compressed forms, on test images of some folders.
+    """A saliency model without training, and its compressed forms, on images of some folders.
 
     ``work`` holds the scores and one file for each finished run. ``data`` are folders with ``test/<class>/*`` or
     ``images/test/*``, and ``train`` likewise for scores; ``counts`` of each one's images are taken, evenly over the
-    names in order.
+    names in order. ``split`` is what maps are compared on: choices are made on ``train``.
     """
 
     def __init__(
-        self, model: Saliency, data: Sequence[Path], counts: Sequence[int], work: Path, device: str = "cpu"
+        self,
+        model: Saliency,
+        data: Sequence[Path],
+        counts: Sequence[int],
+        work: Path,
+        device: str = "cpu",
+        split: str = "test",
     ) -> None:
-        self.model, self.work, self.device = model.to(device), work, device
+        self.model, self.work, self.device, self.split = model.to(device), work, device, split
         self.encoder: VisionTransformer = model.encoder
         self.counts = dict(zip((folder.name for folder in data), counts, strict=True))
         self._data = list(zip(data, counts, strict=True))
@@ -117,8 +142,8 @@ class Fidelity:
         return torch.stack([transform(Image.open(path).convert("RGB")) for path in chosen])
 
     @cached_property
-    def test_images(self) -> Tensor:
-        return self.images("test")
+    def compared_images(self) -> Tensor:
+        return self.images(self.split)
 
     @cached_property
     def dense_maps(self) -> Tensor:
@@ -144,8 +169,8 @@ class Fidelity:
         return torch.load(path, weights_only=True)
 
     def maps(self, encoder: nn.Module) -> Tensor:
-        """Of all test images: (images, H, W), on the CPU."""
-        return torch.cat([self._maps(encoder, batch) for batch in self.test_images.split(BATCH)])
+        """Of all images that are compared: (images, H, W), on the CPU."""
+        return torch.cat([self._maps(encoder, batch) for batch in self.compared_images.split(BATCH)])
 
     def do(self, run: FidelityRun) -> None:
         """There is nothing to train."""
@@ -179,8 +204,8 @@ class Fidelity:
         if run.method == "dense":
             return self.encoder, None
         patches = self.encoder.patch_embed.num_patches
-        if run.method == "adaptive":
-            settings = list(range(len(AdaptivePlan.candidates(self.encoder))))
+        if run.method in SCHEDULES:
+            settings = list(range(len(AdaptivePlan.candidates(self.encoder, **SCHEDULES[run.method]))))
         elif run.method in ("tome", "atm"):
             settings = list(range(1, 2 * patches // len(self.encoder.blocks)))
         elif run.method in ("local_merge", "algm"):
@@ -218,14 +243,15 @@ class Fidelity:
                 record[f"{field}images_per_second"] = speed[name]
                 if dense in speed:
                     record[f"{field}speedup"] = speed[name] / speed[name.replace(run.name, dense)]
-        facts = {"images": self.counts, "threshold": THRESHOLD, "batch": BATCH, "rounds": rounds}
+        facts = {"images": self.counts, "split": self.split, "threshold": THRESHOLD, "batch": BATCH, "rounds": rounds}
         results.write(path, {**describe(self.device), **facts}, records)
-        self.draw(path.parent, done, records)
+        if self.split == "test":
+            self.draw(path.parent, done, records)
 
     def draw(self, folder: Path, runs: list[FidelityRun], records: list[dict]) -> None:
         """What merges in one of the images, and the maps of some methods at the smallest share."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-        chosen = self.test_images[[index % len(self.test_images) for index in (PICTURED, *MAPPED)]]
+        chosen = self.compared_images[[index % len(self.compared_images) for index in (PICTURED, *MAPPED)]]
         pictures = (chosen * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         adaptive = compress(self.encoder, AdaptivePlan.for_model(self.encoder)).eval().to(self.device)
         save_cluster_picture(adaptive, folder / "fidelity_clusters.png", chosen[0], pictures[0])
@@ -239,8 +265,8 @@ class Fidelity:
     def _make(self, method: str, encoder: VisionTransformer, setting: float) -> nn.Module:
         if method in PEERS:
             return PEERS[method](encoder, setting)
-        if method == "adaptive":
-            return compress(encoder, AdaptivePlan.candidates(encoder)[setting])
+        if method in SCHEDULES:
+            return compress(encoder, AdaptivePlan.candidates(encoder, **SCHEDULES[method])[setting])
         stages = {"stages": [(2, len(encoder.blocks) - 1)]} if method == "static_stage" else {}
         plan = CompressionPlan.from_scores(
             self.scores,
