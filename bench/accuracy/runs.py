@@ -17,7 +17,7 @@ class Setting:
 
     Images are in pixels, ``lr`` and ``tune_lr`` peaks of AdamW before a cosine to 0, and ``layer_decay`` is of ``lr``.
     ``tune_images`` is how many of the training images are fine-tuned on, ``None`` all. ``pretrained`` means the encoder
-    of :mod:`.pretrained`, whose patch, width, depth and heads these are.
+    of :mod:`.pretrained`, whose patch, width, depth and heads these are. Each model is timed ``rounds`` times.
     """
 
     image: int
@@ -39,6 +39,7 @@ class Setting:
     pretrained: bool = False
     layer_decay: float | None = None
     tune_images: int | None = None
+    rounds: int = 60
 
 
 def new_encoder(setting: Setting, num_classes: int) -> VisionTransformer:
@@ -65,6 +66,7 @@ CIFAR10 = {
     "cpu-pretrained": Setting(
         image=140, patch=14, width=384, depth=12, heads=6, batch=64, epochs=2, lr=1e-4, tune_epochs=1, tune_lr=1e-5,
         warmup_epochs=0, pretrained=True, layer_decay=0.75, tune_images=10_000,
+        rounds=8,
     ),
     # The same patches, and the width and depth of DeiT-S.
     "cuda": Setting(

@@ -189,7 +189,7 @@ class Study(ABC):
         """Those of ``prune_and_merge`` at the run's keep rate."""
         return count_gmacs(self.compress(self.plan(run)), input_size(self.dense))
 
-    def measure(self, path: Path, runs: list[Run], rounds: int = 60) -> None:
+    def measure(self, path: Path, runs: list[Run], rounds: int | None = None) -> None:
         """Time the model of every finished run, seeds aside, all in turns, and write the result file."""
         done = [run for run in runs if self._record(run).is_file()]
         device = self.accelerator.device
@@ -201,7 +201,7 @@ class Study(ABC):
             found[run.name] = {"gmacs": count_gmacs(model, tuple(given.shape[1:])), **self.facts(model)}
             calls[run.name] = lambda model=model, given=given: model(given)
         with torch.inference_mode(), self.accelerator.autocast():
-            seconds = alternate(calls, rounds, device.type == "cuda")
+            seconds = alternate(calls, rounds or self.setting.rounds, device.type == "cuda")
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         dense = medians[Run("dense").name]
         records = []
