@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import fusable_attentions, fuse, fused_attentions
+from .compression import Compression
 from .data.loaders import images_and_targets
 from .models import Model, compression_of, encoder_of, evaluating, tokens_of
 from .modules import replace_module
@@ -54,20 +55,10 @@ def score_tokens(
     model = unwrapped(model)
     encoder = encoder_of(model)
     compression = compression_of(model)
-    if compression is None:
-        check_vision_transformer(encoder)
-    elif compression.adaptive:
-        raise ValueError(
-            "model has an AdaptivePlan, which merges other tokens in each image; score model.uncompressed()"
-        )
+    _check_can_be_scored(encoder, compression)
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     if batches < (0 if shared else 1):
         raise ValueError(f"batches must be at least 1, got {batches}")
-    for index, block in enumerate(encoder.blocks):
-        if not _attentions(block):
-            raise ValueError(
-                f"block {index} is a {type(block).__name__} without timm's Attention, so its tokens cannot be scored"
-            )
     like = next(model.parameters())
     counts = tokens_of(model)
     # In float64, so that the order of batches and processes is lost in the rounding to float32.
@@ -103,6 +94,20 @@ def score_tokens(
         for index, reconstruct in zip(blocks, encoder.reconstruct_matrices(), strict=True):
             scores[index] = reconstruct.detach().abs().cpu().double() @ scores[index]
     return torch.stack(scores)[:, encoder.num_prefix_tokens :].float()
+
+
+def _check_can_be_scored(encoder: PlainModel, compression: Compression | None) -> None:
+    if compression is None:
+        check_vision_transformer(encoder)
+    elif compression.adaptive:
+        raise ValueError(
+            "model has an AdaptivePlan, which merges other tokens in each image; score model.uncompressed()"
+        )
+    for index, block in enumerate(encoder.blocks):
+        if not _attentions(block):
+            raise ValueError(
+                f"block {index} is a {type(block).__name__} without timm's Attention, so its tokens cannot be scored"
+            )
 
 
 def _attentions(block: nn.Module) -> dict[str, nn.Module]:
