@@ -1,5 +1,6 @@
 """The specification of every op in plain PyTorch: any device, any floating dtype, differentiable."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ def match(
 ) -> Matching:
     """Specification of :func:`pm_kernels.match`, with the same shapes."""
     wide, (batch, left, _) = torch.promote_types(x.dtype, torch.float32), x.shape
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(x.device.type):
         state = x if update is None else x.to(wide) + update
         features = compared = _rounded(state if norm is None else layer_norm(state, *norm), x.dtype, wide)
         sizes = merged = sizes.to(wide)
@@ -187,6 +188,11 @@ def match(
             left -= merges
             merged = segment_sums(sizes, segments, left)
         return Matching(segments.int(), merged, merged.log(), means(segments, sizes, tokens, x.dtype))
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """Products are taken in the dtype of their factors."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:

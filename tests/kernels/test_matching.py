@@ -73,6 +73,17 @@ def test_what_is_no_number_merges_last(device):
     assert (segments[1] == segments[1, 4]).sum() == 1
 
 
+def test_autocast_changes_nothing(device):
+    """Tokens close to each other and far from 0, whose distances half precision cannot tell."""
+    torch.manual_seed(0)
+    features, sizes = 2 + 0.1 * torch.randn(2, 64, 32), torch.ones(2, 64)
+    with torch.autocast("cuda" if device == "cuda" else "cpu", torch.bfloat16):
+        segments, merged = match_tokens(features.to(device), sizes.to(device), 30)
+    expected, expected_sizes = matched_one_by_one(features, sizes, 30, 1, 2)
+    assert torch.equal(segments.cpu(), expected)
+    assert torch.equal(merged.cpu(), expected_sizes)
+
+
 def test_shares_of_the_rounds():
     assert merges_by_round(100, 40, 2) == [30, 30]
     assert merges_by_round(100, 41, 2) == [30, 29]
