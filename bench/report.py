@@ -150,9 +150,10 @@ def accuracy_table(content: dict) -> str:
     return table(ACCURACY, _of_models(content, "top1"))
 
 
-def pretrained_table(content: dict) -> str:
-    """Speed and accuracy of each model with no training, and of those that were fine-tuned after it; fastest last."""
+def pretrained_table(content: dict, rate: float | None = None) -> str:
+    """Speed and accuracy of each model, or those of a rate, with no training and fine-tuned after it; fastest last."""
     rows = sorted(_of_models(content, "top1"), key=lambda row: row["speedup"])
+    rows = [row for row in rows if rate is None or row["keep_rate"] in (None, rate)]
     dense = next(row["before"] for row in rows if row["name"] == "dense")
     for row in rows:
         known = not math.isnan(row["quality"])
@@ -335,7 +336,7 @@ SECTIONS = (
     Section(
         "accuracy of a pretrained model", PRETRAINED_FILE, pretrained_table,
         "python -m bench.accuracy CIFAR --setting cpu-pretrained --work FOLDER",
-        partial(training_note, PRETRAINED_NOTE),
+        partial(training_note, PRETRAINED_NOTE), marker="accuracy", summary=partial(pretrained_table, rate=0.7),
         pictures=tuple(
             Picture(
                 f"Accuracy against speed, {when}", f"pretrained_{field}.png",

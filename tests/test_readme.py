@@ -9,5 +9,5 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 def test_the_tables_are_the_result_files():
     assert report.with_tables(README) == README
-    assert README.count(" of bench/results -->") == 3
+    assert README.count(" of bench/results -->") == 4
     assert len(README.splitlines()) <= 150
