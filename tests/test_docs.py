@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from covering import REST
 from PIL import Image
 
 import pm_kernels
@@ -20,6 +21,7 @@ from pm_models.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))]
+COMPILES = ("export.md",)  # for half a minute
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # What a guide's commands are given beside what stands there, so that they end in seconds.
@@ -90,7 +92,7 @@ def run_command(line):
     assert main(main_arguments) == 0, line
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", [pytest.param(guide, marks=REST if guide in COMPILES else ()) for guide in GUIDES])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # few images, random weights
 def test_a_guide(guide, workplace):
     namespace = {}

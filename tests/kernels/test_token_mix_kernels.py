@@ -4,7 +4,7 @@ import collections
 
 import pytest
 import torch
-from covering import pairs
+from covering import REST, pairs
 from helpers import ON_KERNELS, skip_without_kernels, transition_written_out
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,7 +137,7 @@ def test_long_sequences(tokens, rows):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the block sizes of its own family")
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-@pytest.mark.parametrize("family", [80, 90, 100])
+@pytest.mark.parametrize("family", [pytest.param(80, marks=REST), 90, pytest.param(100, marks=REST)])
 def test_block_sizes_of_every_family(monkeypatch, family, kind):
     """A small device with several blocks of rows to each program, where gradients are summed."""
     device = INTERPRETER._replace(family=family, multiprocessors=1)

@@ -241,7 +241,7 @@ def test_rotary_positions_shaken_in_training():
         assert not torch.allclose(model(images), model(images))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=REST)])
 def test_rotary_models_compile_without_graph_breaks(training):
     model = small_vit("eva02_tiny_patch14_224", depth=2)
     model = compress(model, plan_for(model)).train(training)
