@@ -238,7 +238,7 @@ def _match_once(features: Tensor, weights: Tensor, merges: int, prefix: int) -> 
     lengths = torch.linalg.vector_norm(features, dim=-1).square()
     lengths = lengths[:, prefix::2, None] + lengths[:, None, prefix + 1 :: 2]
     sources, targets = features[:, prefix::2], features[:, prefix + 1 :: 2]
-    cost = torch.baddbmm(lengths, sources, targets.mT, alpha=-2)
+    cost = (sources @ targets.mT).mul_(-2).add_(lengths)
     # What is lost in rounding is no distance: tokens that are equal merge by their places.
     cost.masked_fill_(cost < lengths.mul_(8 * torch.finfo(features.dtype).eps), 0.0)
     source, target = weights[:, prefix::2, None], weights[:, None, prefix + 1 :: 2]
