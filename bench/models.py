@@ -11,7 +11,7 @@ from pm_models import AdaptivePlan, CompressionPlan, Segmenter, compress
 from pm_models.measure import count_gmacs
 from pm_models.models import input_size
 
-from .peers import Model, dynamic_vit, evit, local_merge, matched, tome
+from .peers import Model, dynamic_vit, evit, local_merge, matched, merges_per_block, tome
 
 KEEP_RATE, PRUNE_RATE = 0.6, 0.1
 SEGMENTER_KEEP_RATE = 0.7
@@ -71,8 +71,7 @@ def compared_adaptive(name: str) -> Compared:
         ideal.blocks[block] = nn.Sequential(FirstTokens(tokens), ideal.blocks[block])
     models = {"ours": ours, "dense_eager": dense, "ideal": ideal}
     gmacs = {name: count_gmacs(model, size) for name, model in models.items()}
-    merged = list(range(1, 2 * dense.patch_embed.num_patches // len(dense.blocks)))
-    models["tome"], count = matched(tome, dense, merged, gmacs["ours"])
+    models["tome"], count = matched(tome, dense, merges_per_block(dense), gmacs["ours"])
     gmacs["tome"] = count_gmacs(models["tome"], size)
     return Compared(models, gmacs, {"tome": count})
 
@@ -93,9 +92,12 @@ def compared_models(name: str) -> Compared:
     models = {"ours": ours, "dense_eager": dense, "literal": literal, "ideal": ideal}
     size = (3, *dense.patch_embed.img_size)
     gmacs = {name: count_gmacs(model, size) for name, model in models.items()}
-    merged = list(range(1, 2 * grid[0] * grid[1] // len(dense.blocks)))
     settings = {}
-    for name, make, tried in (("tome", tome, merged), ("evit", evit, RATES), ("dynamicvit", dynamic_vit, RATES)):
+    for name, make, tried in (
+        ("tome", tome, merges_per_block(dense)),
+        ("evit", evit, RATES),
+        ("dynamicvit", dynamic_vit, RATES),
+    ):
         models[name], settings[name] = matched(make, dense, tried, gmacs["ours"])
         gmacs[name] = count_gmacs(models[name], size)
     return Compared(models, gmacs, settings)

@@ -378,6 +378,11 @@ def dynamic_vit(model: VisionTransformer, keep_rate: float) -> VisionTransformer
     return _with_blocks(model, lambda blocks: DynamicViTBlocks(blocks, keep_rate, model.embed_dim))
 
 
+def merges_per_block(encoder: VisionTransformer) -> list[int]:
+    """The settings that ToMe and ATM can have: how many tokens merge in each block."""
+    return list(range(1, 2 * encoder.patch_embed.num_patches // len(encoder.blocks)))
+
+
 def matched(
     make: Callable[[Model, float], Model],
     model: Model,

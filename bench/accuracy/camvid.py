@@ -9,7 +9,7 @@ from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pm_models import AdaptivePlan, CompressionPlan, Segmenter
+from pm_models import Segmenter
 from pm_models.models import input_size
 from pm_models.segmentation import (
     Sample,
@@ -75,9 +75,6 @@ class CamVid(Study):
     def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]:
         found = evaluate_segmentation(model, loader, accelerator=accelerator)
         return {"top1": found.aacc, **found._asdict()}
-
-    def compress(self, plan: CompressionPlan | AdaptivePlan, **options: object) -> Segmenter:
-        return self.dense.compressed(plan, **options)
 
     def peer(self, run: Run) -> Segmenter:
         windows = self.dense.encoder.patch_embed.num_patches // 4

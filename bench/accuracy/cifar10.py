@@ -11,12 +11,11 @@ from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pm_models import AdaptivePlan, CompressionPlan, PMVisionTransformer, compress
 from pm_models.data import calibration_loader, make_loader, open_dataset
 from pm_models.training import classification_task, distillation_task, evaluate
 
 from ..models import RATES
-from ..peers import evit, matched, tome
+from ..peers import evit, matched, merges_per_block, tome
 from .runs import Run, Setting, new_encoder
 from .study import Study, part
 
@@ -79,17 +78,13 @@ class Cifar10(Study):
     def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]:
         return evaluate(model, loader, accelerator=accelerator)
 
-    def compress(self, plan: CompressionPlan | AdaptivePlan, **options: object) -> PMVisionTransformer:
-        return compress(self.dense, plan, **options)
-
     def peer(self, run: Run) -> nn.Module:
         if run.method == "smaller_images":
             model = copy.deepcopy(self.dense)
             model.set_input_size(run.image)
             model.patch_embed = nn.Sequential(Smaller(model.patch_embed, run.image))
             return model
-        merged = list(range(1, 2 * self.dense.patch_embed.num_patches // self.setting.depth))
-        make, tried = (tome, merged) if run.method == "tome" else (evit, RATES)
+        make, tried = (tome, merges_per_block(self.dense)) if run.method == "tome" else (evit, RATES)
         return matched(make, self.dense, tried, self.gmacs(run))[0]
 
     def timed(self, run: Run, images: Tensor) -> tuple[nn.Module, Tensor]:

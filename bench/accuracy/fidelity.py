@@ -27,7 +27,7 @@ from pm_models.visualize import save_cluster_picture
 from .. import results
 from ..machine import describe, versions
 from ..models import RATES
-from ..peers import atm, local_merge, matched, pitome, tome
+from ..peers import atm, local_merge, matched, merges_per_block, pitome, tome
 from ..plots import save_maps
 from .pretrained import MEAN, STD, Saliency
 from .runs import CARRYING, PRUNE_RATE
@@ -207,7 +207,7 @@ class Fidelity:
         if run.method in SCHEDULES:
             settings = list(range(len(AdaptivePlan.candidates(self.encoder, **SCHEDULES[run.method]))))
         elif run.method in ("tome", "atm"):
-            settings = list(range(1, 2 * patches // len(self.encoder.blocks)))
+            settings = merges_per_block(self.encoder)
         elif run.method in ("local_merge", "algm"):
             settings = list(range(1, patches // 4 + 1))
         elif run.method in PEERS:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from pm_models import AdaptivePlan, CompressionPlan, load_pretrained, save_pretrained, score_tokens
 from pm_models.files import write_atomically
 from pm_models.measure import alternate, count_gmacs
-from pm_models.models import encoder_of, input_size
+from pm_models.models import compressed, encoder_of, input_size
 from pm_models.training import Recipe, fit, make_accelerator
 
 from .. import results
@@ -78,10 +78,6 @@ class Study(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, loader: DataLoader, *, accelerator: object) -> Mapping[str, float]: ...
-
-    @abstractmethod
-    def compress(self, plan: CompressionPlan | AdaptivePlan, **options: object) -> nn.Module:
-        """The dense model by a plan."""
 
     @abstractmethod
     def peer(self, run: Run) -> nn.Module:
@@ -172,9 +168,9 @@ class Study(ABC):
         if run.method == "adaptive":
             share = self.gmacs(run) / count_gmacs(self.dense, input_size(self.dense))
             plan = AdaptivePlan.for_model(self.dense, share)
-            return self.compress(plan).eval().to(self.accelerator.device)
+            return compressed(self.dense, plan).eval().to(self.accelerator.device)
         if run.method in ("prune_and_merge", "merge_and_carry", "random_scores"):
-            return self.compress(self.plan(run), **run.compress).eval().to(self.accelerator.device)
+            return compressed(self.dense, self.plan(run), **run.compress).eval().to(self.accelerator.device)
         return self.peer(run).eval().to(self.accelerator.device)
 
     def plan(self, run: Run) -> CompressionPlan:
@@ -187,7 +183,7 @@ class Study(ABC):
 
     def gmacs(self, run: Run) -> float:
         """Those of ``prune_and_merge`` at the run's keep rate."""
-        return count_gmacs(self.compress(self.plan(run)), input_size(self.dense))
+        return count_gmacs(compressed(self.dense, self.plan(run)), input_size(self.dense))
 
     def measure(self, path: Path, runs: list[Run], rounds: int | None = None) -> None:
         """Time the model of every finished run, seeds aside, all in turns, and write the result file."""

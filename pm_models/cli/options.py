@@ -383,9 +383,10 @@ class Eval(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Go the whole path on scikit-learn's digits, in a few minutes on a CPU.
+    """Go both ways on scikit-learn's digits, in a few minutes on a CPU.
 
-    A small ViT is trained, compressed and fine-tuned, and both are compared.
+    A small ViT is trained; it merges adaptively with no training, is compressed by a plan and fine-tuned, and all are
+    compared.
     """
 
     output: Path = option("folder to write to", Path("pm-vit-demo"))
