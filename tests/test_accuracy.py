@@ -65,7 +65,8 @@ def camvid(camvid_root):
 
 
 def test_every_run_has_a_name_of_its_own():
-    for runs in (*(classification_runs(setting, 3) for setting in (*CIFAR10.values(), TINY)), segmentation_runs(3)):
+    classified = [classification_runs(setting, 3) for setting in (*CIFAR10.values(), TINY)]
+    for runs in classified + [segmentation_runs(setting, 3) for setting in CAMVID.values()]:
         names = [run.name for run in runs]
         assert len(set(names)) == len(names)
         assert "dense-seed0" in names
@@ -163,7 +164,7 @@ def test_a_pretrained_model_is_compressed_before_anything_is_trained(root, tmp_p
 
 
 def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
-    runs = segmentation_runs(1)
+    runs = segmentation_runs(TINY_CAMVID, 1)
     for run in runs:
         camvid.do(run)
     monkeypatch.setattr("bench.accuracy.study.describe", lambda _: {"device": "cpu: x", "threads": 1})
@@ -182,7 +183,9 @@ def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
         if record["method"] == "local_merge":
             ours = records[name.replace("local_merge", "prune_and_merge")]
             assert record["gmacs"] == pytest.approx(ours["gmacs"], rel=0.2)
-    assert {file.name for file in path.parent.iterdir()} == {path.name, "segmentation.png", "segmentation_plan.png"}
+    assert {file.name for file in path.parent.iterdir()} == {
+        path.name, "segmentation_camvid.png", "segmentation_camvid_plan.png",
+    }  # fmt: skip
     rows = report.segmentation_table(content).splitlines()[2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [
         "dense", "prune and merge 0.8", "prune and merge 0.7", "prune and merge 0.5", "merge and carry 0.5",
@@ -191,6 +194,24 @@ def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
     drop = records["prune_and_merge-keep0.7-seed0"]["miou"] - dense["miou"]
     assert f"| {drop:+.2f} |" in rows[2]
     assert "of 3 blocks of width 16 on 16 patches" in report.training_note(report.SEGMENTATION_NOTE, content)
+
+
+def test_a_pretrained_encoder_is_segmented_with_by_every_method(camvid_root, tmp_path):
+    setting = replace(TINY_CAMVID, epochs=1, pretrained=True, decoder="linear", layer_decay=0.5, warmup_epochs=0)
+    encoder = new_encoder(TINY_CAMVID, num_classes=0)
+    study = CamVid(setting, camvid_root / "data", tmp_path / "work", "cpu", encoder)
+    fresh = study.new_model()
+    assert fresh.options["decoder"] == "linear"
+    assert all(torch.equal(weight, encoder.state_dict()[name]) for name, weight in fresh.encoder.state_dict().items())
+    runs = [run for run in segmentation_runs(setting, 1) if run.keep_rate in (None, 0.7)]
+    assert [run.method for run in runs[1:]] == ["adaptive", "prune_and_merge", "tome", "local_merge", "merge_and_carry"]
+    images, gmacs = torch.randn(2, 3, 16, 16), {}
+    for run in runs:
+        model = study.build(run)
+        gmacs[run.method] = count_gmacs(model, (3, 16, 16))
+        assert model(images).shape == (2, CLASSES, 16, 16)
+        assert model.decoder is not study.dense.decoder  # fine-tuning leaves the dense model as it is
+    assert gmacs["tome"] == pytest.approx(gmacs["prune_and_merge"], rel=0.2)
 
 
 def test_the_tiny_segmenter_learns(camvid):

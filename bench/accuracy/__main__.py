@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from ..results import FOLDER
 from .camvid import CamVid
 from .cifar10 import Cifar10
-from .runs import CAMVID, CIFAR10, classification_runs, segmentation_runs
+from .runs import CAMVID, CIFAR10, Setting, classification_runs, segmentation_runs
 
 if TYPE_CHECKING:
     from .pretrained import Saliency
@@ -50,14 +51,13 @@ def main() -> None:
         study = Fidelity(_pretrained(options), options.data, _PAIRS[options.task], work, device, split)
         runs, file = (schedule_runs(), "fidelity_schedules") if trying else (fidelity_runs(), "fidelity_pretrained")
     elif options.task == "segmentation":
-        study = CamVid(CAMVID[name], options.data[0], options.work, device)
-        runs, file = segmentation_runs(options.seeds), "segmentation_camvid"
+        setting = CAMVID[name]
+        study = CamVid(setting, options.data[0], options.work, device, _encoder(options, setting))
+        runs, file = segmentation_runs(setting, options.seeds), "segmentation_camvid"
     else:
-        setting, encoder = CIFAR10[name], None
-        if setting.pretrained:
-            encoder = _pretrained(options, setting.image).encoder
-        study = Cifar10(setting, options.data[0], options.work, device, encoder)
-        runs, file = classification_runs(study.setting, options.seeds), "accuracy_cifar10"
+        setting = CIFAR10[name]
+        study = Cifar10(setting, options.data[0], options.work, device, _encoder(options, setting))
+        runs, file = classification_runs(setting, options.seeds), "accuracy_cifar10"
     if not options.measure:
         chosen = [run for wanted in options.only or [""] for run in runs if run.name.startswith(wanted)]
         for run in chosen:
@@ -67,6 +67,11 @@ def main() -> None:
     if not options.only:
         suffix = name.removeprefix(device).replace("-", "_")
         study.measure(options.results / device / f"{file}{suffix}.json", runs)
+
+
+def _encoder(options: argparse.Namespace, setting: Setting) -> VisionTransformer | None:
+    """What a study starts from; ``None``: from random weights."""
+    return _pretrained(options, setting.image).encoder if setting.pretrained else None
 
 
 def _pretrained(options: argparse.Namespace, *image: int) -> "Saliency":

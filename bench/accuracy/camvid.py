@@ -1,10 +1,13 @@
 """Segmentation of CamVid by a Segmenter."""
 
+import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,12 +28,15 @@ from pm_models.training import SegmentationTask, segmentation_loss
 from pm_models.visualize import save_plan_picture, save_segmentation_picture
 
 from ..memory import activation_bytes
-from ..peers import local_merge, matched
+from ..peers import local_merge, matched, merges_per_block, tome
 from .runs import Run, Setting, new_encoder
 from .study import Study, part
 
 CLASSES, VOID = 11, 11
-DRAWN = (Run("dense"), Run("prune_and_merge", 0.7), Run("merge_and_carry", 0.7), Run("local_merge", 0.7))
+DRAWN = (
+    Run("dense"),
+    *(Run(method, 0.7) for method in ("adaptive", "prune_and_merge", "merge_and_carry", "local_merge")),
+)
 DRAWN_IMAGES = 3
 FOLLOWED = 10  # one in so many validation images is evaluated after every epoch; all test images at the end
 
@@ -41,15 +47,21 @@ class CamVid(Study):
     quality = "miou"
     make_scoring_loader = staticmethod(make_scoring_loader)
 
-    def __init__(self, setting: Setting, data: Path, work: Path, device: str) -> None:
+    def __init__(
+        self, setting: Setting, data: Path, work: Path, device: str, encoder: VisionTransformer | None = None
+    ) -> None:
         super().__init__(setting, work, device)
+        self.encoder = encoder  # to start from; a random one where there is none
         self.train_set, self.val_set, self.test_set = (
             SegmentationImages(data, split, num_classes=CLASSES, ignore_index=VOID)
             for split in ("train", "val", "test")
         )
 
     def new_model(self) -> Segmenter:
-        return Segmenter(new_encoder(self.setting, num_classes=0), CLASSES, decoder_depth=self.setting.decoder_depth)
+        encoder = new_encoder(self.setting, num_classes=0) if self.encoder is None else copy.deepcopy(self.encoder)
+        torch.manual_seed(0)
+        setting = self.setting
+        return Segmenter(encoder, CLASSES, decoder=setting.decoder, decoder_depth=setting.decoder_depth)
 
     def loaders(self, seed: int, images: int | None = None) -> tuple[DataLoader, DataLoader]:
         like = self.new_model()
@@ -77,8 +89,16 @@ class CamVid(Study):
         return {"top1": found.aacc, **found._asdict()}
 
     def peer(self, run: Run) -> Segmenter:
-        windows = self.dense.encoder.patch_embed.num_patches // 4
-        return matched(local_merge, self.dense, list(range(1, windows + 1)), self.gmacs(run))[0]
+        encoder = self.dense.encoder
+        if run.method == "tome":
+            make, tried = partial(tome, full_map=True), merges_per_block(encoder)
+        else:
+            make, tried = local_merge, list(range(1, encoder.patch_embed.num_patches // 4 + 1))
+
+        def segmenter(encoder: VisionTransformer, setting: int) -> Segmenter:
+            return self.dense.with_encoder(make(encoder, setting))
+
+        return copy.deepcopy(matched(segmenter, encoder, tried, self.gmacs(run))[0])
 
     def facts(self, model: Segmenter) -> dict[str, object]:
         images = torch.randn(self.setting.batch, *input_size(model), device=self.accelerator.device)
@@ -92,17 +112,17 @@ class CamVid(Study):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, np.stack(found).astype(np.uint8))
 
-    def draw(self, folder: Path) -> None:
+    def draw(self, path: Path) -> None:
         samples = self._samples()
         maps = {"labels": [sample.labels for sample in samples]}
         for run in DRAWN:
             if self._predictions(run).is_file():
                 name = run.method.replace("_", " ") + (f" {run.keep_rate:g}" if run.keep_rate else "")
                 maps[name] = list(np.load(self._predictions(run)))
-        save_segmentation_picture([sample.picture for sample in samples], maps, folder / "segmentation.png")
+        save_segmentation_picture([sample.picture for sample in samples], maps, path.with_suffix(".png"))
         height, width = self.dense.image_size
         plan = self.plan(Run("prune_and_merge", 0.7))
-        save_plan_picture(plan, folder / "segmentation_plan.png", samples[0].picture[:height, :width])
+        save_plan_picture(plan, path.with_name(f"{path.stem}_plan.png"), samples[0].picture[:height, :width])
 
     def _samples(self) -> list[Sample]:
         return sample_images(self.test_set, self.dense, DRAWN_IMAGES)

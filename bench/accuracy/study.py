@@ -105,8 +105,8 @@ class Study(ABC):
     def finished(self, run: Run, model: nn.Module) -> None:  # noqa: B027 - most studies do nothing
         """Called with each fine-tuned model, before it is forgotten."""
 
-    def draw(self, folder: Path) -> None:  # noqa: B027
-        """Draw pictures, where there are any, into the folder of the results."""
+    def draw(self, path: Path) -> None:  # noqa: B027
+        """Draw pictures, where there are any, beside the result file at ``path``."""
 
     @cached_property
     def dense(self) -> nn.Module:
@@ -208,7 +208,7 @@ class Study(ABC):
         epochs = json.loads(self._dense_epochs.read_text(encoding="utf-8"))
         facts = {**describe(device.type), "setting": asdict(self.setting), "dense_epochs": epochs}
         results.write(path, facts, records)
-        self.draw(path.parent)
+        self.draw(path)
 
     def _fit(self, task: TrainingTask, seed: int, recipe: Recipe, state: Path, images: int | None = None) -> list:
         return fit(

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from covering import pairs
 from helpers import images_for, plan_for, small_vit
+from timm.models import group_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
-from pm_models import compress
+from pm_models import Segmenter, compress
 from pm_models.training import (
     Recipe,
     classification_task,
@@ -202,6 +203,19 @@ def test_layer_decay_slows_the_first_blocks_and_their_matrices(accelerator):
         assert 0 < first < 0.1 * second
         assert second < 0.1 * last
     assert moved["head.weight"] > moved["blocks.2.mlp.fc1.weight"]
+
+
+def test_layer_decay_knows_a_segmenters_layers():
+    """Its encoder's are the encoder's own, compressed or not, and the decoder comes after them."""
+    dense = small_vit(depth=3)
+    for encoder in (dense, compress(dense, plan_for(dense))):
+        model = Segmenter(encoder, 4)
+        alone, whole = (group_parameters(m, m.group_matcher(), reverse=True) for m in (encoder, model))
+        decoder = {layer for name, layer in whole.items() if name.startswith("decoder.")}
+        assert decoder == {max(whole.values())}
+        layers = {name: layer for name, layer in alone.items() if not name.startswith("head.")}
+        assert layers.items() <= {name.removeprefix("encoder."): layer for name, layer in whole.items()}.items()
+        assert {layers["patch_embed.proj.weight"], layers["blocks.2.mlp.fc1.weight"]} == {0, 3}
 
 
 def test_the_summary_has_every_epoch(accelerator, tmp_path):
