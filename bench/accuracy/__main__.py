@@ -4,8 +4,8 @@
 is CIFAR-10 as an image folder, ``train/<class>/*`` and ``test/<class>/*``; with ``--task segmentation`` it is CamVid,
 ``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. With ``--task fidelity`` it is both, in this order:
 a pretrained model's answers are compared before and after compression, with no training and distilled; with ``--task
-schedules`` on training images and untrained, by every schedule that adaptive merging could have. The throughputs are measured last,
-in one process. With ``--only``, several processes can share the runs between them.
+schedules`` on training images and untrained, by every schedule that adaptive merging could have. The throughputs are
+measured last, in one process. With ``--only``, several processes can share the runs between them.
 """
 
 import argparse
