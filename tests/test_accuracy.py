@@ -8,10 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import report, results
+from bench import report, results, tables
 from bench.accuracy.camvid import CLASSES, CamVid
 from bench.accuracy.cifar10 import Cifar10
-from bench.accuracy.runs import CAMVID, CIFAR10, Run, Setting, classification_runs, new_encoder, segmentation_runs
+from bench.accuracy.runs import (
+    CAMVID,
+    CIFAR10,
+    Run,
+    Setting,
+    classification_runs,
+    new_encoder,
+    part_runs,
+    segmentation_runs,
+)
+from bench.accuracy.scoring import attention_received, evenly_spread
 from pm_models import PMVisionTransformer
 from pm_models.measure import count_gmacs
 
@@ -66,11 +76,11 @@ def camvid(camvid_root):
 
 def test_every_run_has_a_name_of_its_own():
     classified = [classification_runs(setting, 3) for setting in (*CIFAR10.values(), TINY)]
-    for runs in classified + [segmentation_runs(setting, 3) for setting in CAMVID.values()]:
+    for runs in [*classified, *(segmentation_runs(setting, 3) for setting in CAMVID.values()), part_runs(3)]:
         names = [run.name for run in runs]
         assert len(set(names)) == len(names)
         assert "dense-seed0" in names
-        assert "prune_and_merge-keep0.7-seed2" in names
+        assert {"prune_and_merge-keep0.7-seed2", "random_scores-keep0.7-seed2"} & set(names)
     for setting in CAMVID.values():
         assert setting.image // setting.patch % 2 == 0  # windows of 2 x 2 patches
 
@@ -115,7 +125,7 @@ def test_a_study_from_training_to_the_report(study, tmp_path, monkeypatch, capsy
         assert 0 <= record["top1_before"] <= 100
         assert record["top1"] == record["epochs"][-1]["top1"]
         assert record["speedup"] > 0
-    rows = report.accuracy_table(content).splitlines()[2:]
+    rows = tables.accuracy_table(content).splitlines()[2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [
         "dense", "prune and merge 0.5", "smaller images 12 px", "tome 0.6", "evit 0.6", "random scores 0.6",
         "prune and merge 0.6, size bias",
@@ -154,13 +164,52 @@ def test_a_pretrained_model_is_compressed_before_anything_is_trained(root, tmp_p
     content, _ = results.read(path)
     ours = {record["method"]: record["gmacs"] for record in content["records"]}
     assert ours["adaptive"] <= ours["prune_and_merge"]
-    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in report.pretrained_table(content).splitlines()}
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in tables.pretrained_table(content).splitlines()}
     assert rows["adaptive 0.6"][5].endswith("%")
     assert rows["tome 0.6"][5].strip() == ""
     assert rows["dense"][4] == "+0.00"
     for picture in report.SECTIONS[0].pictures:
         picture.save(content["records"], tmp_path)
         assert (tmp_path / picture.file).is_file()
+
+
+def test_what_scores_are_worth(root, tmp_path, monkeypatch):
+    """All runs of it, from their plans to the table."""
+    study = Cifar10(TINY, root / "data", root / "work", "cpu")
+    runs = part_runs(1)
+    for run in runs:
+        study.test(run)
+    monkeypatch.setattr("bench.accuracy.study.describe", lambda _: {"device": "cpu: x", "threads": 1})
+    path = tmp_path / "cpu" / report.PARTS_FILE
+    study.measure(path, runs, rounds=1)
+    rows = tables.parts_table(results.read(path)[0]).splitlines()
+    assert len(rows) == 2 + len({run.name.rsplit("-seed", 1)[0] for run in runs})
+    assert [row.split(" | ")[0] for row in rows if row.endswith("| 3 |")] == ["| random scores 0.7"]
+
+
+def test_attention_received_is_timms():
+    model, images = new_encoder(TINY, num_classes=3).eval(), torch.randn(6, 3, 16, 16)
+    found = attention_received(model, [(batch, None) for batch in images.split(3)], 2)
+    received = []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _, inputs, out: received.append(out.double()))
+    model(images)
+    assert found.shape == (3, 16)
+    for ours, attention in zip(found, received, strict=True):
+        expected = [attention[:, :, :, key].mean().item() for key in range(1, 17)]
+        assert ours.tolist() == pytest.approx(expected, rel=1e-5)
+    assert not any(block.attn._forward_pre_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize("kept", [16, 49, 72])
+def test_even_scores_keep_as_many_everywhere(kept):
+    scores = evenly_spread(2, (12, 12))
+    assert torch.equal(scores[0], scores[1])
+    chosen = torch.zeros(144)
+    chosen[scores[0].topk(kept).indices] = 1
+    for part in chosen.view(2, 6, 2, 6).sum(dim=(1, 3)).flatten():
+        assert part == pytest.approx(kept / 4, abs=2)
 
 
 def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
@@ -186,7 +235,7 @@ def test_a_study_of_segmentation(camvid, tmp_path, monkeypatch):
     assert {file.name for file in path.parent.iterdir()} == {
         path.name, "segmentation_camvid.png", "segmentation_camvid_plan.png",
     }  # fmt: skip
-    rows = report.segmentation_table(content).splitlines()[2:]
+    rows = tables.segmentation_table(content).splitlines()[2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [
         "dense", "prune and merge 0.8", "prune and merge 0.7", "prune and merge 0.5", "merge and carry 0.5",
         "merge and carry 0.7", "merge and carry 0.8", "local merge 0.8", "local merge 0.7", "local merge 0.5",

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from bench import report, results
+from bench import report, results, tables
 from bench.accuracy import fidelity, pretrained
 from bench.accuracy.fidelity import METHODS, Fidelity, FidelityRun, compare, fidelity_runs, schedule_runs
 from pm_models.training import Recipe
@@ -273,7 +273,7 @@ def test_what_is_distilled_comes_closer(study, tmp_path, monkeypatch):
         (6 * ours["distilled"]["iou_by_data"]["cifar10"] + 4 * ours["distilled"]["iou_by_data"]["camvid"]) / 10
     )
     assert "distilled" not in other
-    rows = report.fidelity_table(content).splitlines()
+    rows = tables.fidelity_table(content).splitlines()
     assert rows[2].endswith("| 100.0% | 1.000 |")
     assert rows[-1].endswith("|  |  |") or rows[-2].endswith("|  |  |")
     assert "on 8 images of cifar10 and 8 images of camvid" in report.fidelity_note(content)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results, trust
+from bench import report, results, tables, trust
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(results.FOLDER.rglob("*.json"))
@@ -78,7 +78,7 @@ def test_the_report_tells_what_was_tried():
     errors = {"op": "mix", "dtype": "float16", "ours": 0.00123, "pytorch": 0.00211}
     cases = [{"test": f"trust.test_plans::test_a[{name}]", "cases": 3, "passed": name == "x"} for name in "xy"]
     versions = {"versions": "torch 2.11.0, triton 3.6.0", "tests": 5, "skipped": 1, "passed": True}
-    text = report.trust_tables({"records": [errors, *cases, versions]})
+    text = tables.trust_tables({"records": [errors, *cases, versions]})
     assert "| mix | float16 | 1.2e-03 | 2.1e-03 |" in text
     assert "| trust.test_plans::test_a | 6 | no |" in text
     assert "| torch 2.11.0, triton 3.6.0 | 5 | 1 | yes |" in text
@@ -89,7 +89,7 @@ def test_the_report_sums_up_what_was_tried(tmp_path):
     cases = [{"test": f"trust.{name}", "cases": 1000, "passed": "mixes" not in name} for name in names]
     versions = {"versions": "torch 2.11.0", "tests": 2000, "skipped": 1, "passed": True}
     records = trust.joined(tmp_path / "cpu" / "trust.json", [*cases, versions])
-    text = report.trust_tables({"records": records})
+    text = tables.trust_tables({"records": records})
     assert "| random inputs of the kernels, against float64 | 2,000 | no |" in text
     assert "| test_kills | 1,000 | yes |" in text
     assert "| the tests on torch 2.11.0 | 2,000 | yes |" in text

@@ -2,7 +2,8 @@
 
 ``python -m bench.accuracy DATA --work FOLDER`` does what ``FOLDER`` does not hold yet: a stopped run continues. DATA
 is CIFAR-10 as an image folder, ``train/<class>/*`` and ``test/<class>/*``; with ``--task segmentation`` it is CamVid,
-``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. With ``--task fidelity`` it is both, in this order:
+``images/{train,val,test}/*`` and ``labels/{train,val,test}/*``. ``--task parts`` compares plans from other scores and
+each argument of Prune and Merge, on CIFAR-10 and untrained. With ``--task fidelity`` it is both, in this order:
 a pretrained model's answers are compared before and after compression, with no training and distilled; with ``--task
 schedules`` on training images and untrained, by every schedule that adaptive merging could have. The throughputs are
 measured last, in one process. With ``--only``, several processes can share the runs between them.
@@ -18,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from ..results import FOLDER
 from .camvid import CamVid
 from .cifar10 import Cifar10
-from .runs import CAMVID, CIFAR10, Setting, classification_runs, segmentation_runs
+from .runs import CAMVID, CIFAR10, Setting, classification_runs, part_runs, segmentation_runs
 
 if TYPE_CHECKING:
     from .pretrained import Saliency
@@ -31,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="+", help="folder of CIFAR-10, or of CamVid, or both for fidelity")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, states and finished runs")
-    parser.add_argument("--task", choices=("classification", "segmentation", *_PAIRS), default="classification")
+    parser.add_argument(
+        "--task", choices=("classification", "parts", "segmentation", *_PAIRS), default="classification"
+    )
     parser.add_argument("--results", type=Path, default=FOLDER, help="write <device>/<study>.json here")
     parser.add_argument("--setting", choices={**CIFAR10, **CAMVID}, help="model and training (the device's)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the fine-tuning (%(default)s)")
@@ -58,11 +61,13 @@ def main() -> None:
         setting = CIFAR10[name]
         study = Cifar10(setting, options.data[0], options.work, device, _encoder(options, setting))
         runs, file = classification_runs(setting, options.seeds), "accuracy_cifar10"
+        if options.task == "parts":
+            runs, file = part_runs(options.seeds), "parts_cifar10"
     if not options.measure:
         chosen = [run for wanted in options.only or [""] for run in runs if run.name.startswith(wanted)]
         for run in chosen:
             study.test(run)
-        for run in chosen:
+        for run in chosen if options.task != "parts" else ():
             study.do(run)
     if not options.only:
         suffix = name.removeprefix(device).replace("-", "_")

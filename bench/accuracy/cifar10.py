@@ -19,6 +19,8 @@ from ..peers import evit, matched, merges_per_block, tome
 from .runs import Run, Setting, new_encoder
 from .study import Study, part
 
+SMOOTHING = 0.1  # of labels, in fine-tuning as in training: else the dense model itself is pulled from where it was
+
 
 class Smaller(nn.Module):
     """Images made smaller, and their patches."""
@@ -70,7 +72,9 @@ class Cifar10(Study):
         return self.accelerator.prepare(loader)
 
     def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
-        return classification_task(model, smoothing=0.1) if teacher is None else distillation_task(model, teacher)
+        if teacher is None:
+            return classification_task(model, smoothing=SMOOTHING)
+        return distillation_task(model, teacher, smoothing=SMOOTHING)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets)

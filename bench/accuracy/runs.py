@@ -9,13 +9,14 @@ from timm.models.vision_transformer import VisionTransformer
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 PRUNE_RATE = 0.1
 VARIANTS_AT = 0.6  # the keep rate at which the variants are compared
+VARIANTS_OF_PRETRAINED_AT = 0.7
 
 
 @dataclass(frozen=True)
 class Setting:
     """The dense model, how it is trained, and how it and all that is made of it are fine-tuned.
 
-    Images are in pixels, ``lr`` and ``tune_lr`` peaks of AdamW before a cosine to 0, and ``layer_decay`` is of ``lr``.
+    Images are in pixels, ``lr`` and ``tune_lr`` peaks of AdamW before a cosine to 0, and ``layer_decay`` is of both.
     ``tune_images`` is how many of the training images are fine-tuned on, ``None`` all. ``pretrained`` means the encoder
     of :mod:`.pretrained`, whose patch, width, depth and heads these are. Each model is timed ``rounds`` times.
     """
@@ -65,7 +66,7 @@ CIFAR10 = {
     ),
     # 100 patches as 10 x 10, of images made larger: what one core fine-tunes in two hours.
     "cpu-pretrained": Setting(
-        image=140, patch=14, width=384, depth=12, heads=6, batch=64, epochs=2, lr=1e-4, tune_epochs=1, tune_lr=1e-5,
+        image=140, patch=14, width=384, depth=12, heads=6, batch=64, epochs=2, lr=1e-4, tune_epochs=1, tune_lr=2e-5,
         warmup_epochs=0, pretrained=True, layer_decay=0.75, tune_images=10_000,
         rounds=8,
     ),
@@ -103,14 +104,19 @@ CARRYING = {
 }
 
 
+# The methods whose plan is a CompressionPlan.
+OURS = ("prune_and_merge", "merge_and_carry", "random_scores", "attention_scores", "even_scores")
+
+
 @dataclass(frozen=True)
 class Run:
     """One model made of the dense one, measured, fine-tuned, and measured again.
 
     ``method`` is ``dense``, ``prune_and_merge``, ``merge_and_carry`` (the same with :data:`CARRYING`),
-    ``random_scores``, ``smaller_images``, ``adaptive``, ``tome``, ``evit`` or ``local_merge``. The last four get the
-    GMACs of ``prune_and_merge`` at ``keep_rate``. ``plan`` and ``compress`` are arguments of
-    ``CompressionPlan.from_scores`` and of ``compress``; ``variant`` names them.
+    ``random_scores``, ``attention_scores`` and ``even_scores`` (with plans from :mod:`.scoring`), ``smaller_images``,
+    ``adaptive``, ``tome``, ``evit`` or ``local_merge``. The last four get the GMACs of ``prune_and_merge`` at
+    ``keep_rate``. ``plan`` and ``compress`` are arguments of ``CompressionPlan.from_scores`` and of ``compress``;
+    ``variant`` names them.
     """
 
     method: str
@@ -166,6 +172,31 @@ def classification_runs(setting: Setting, seeds: int) -> list[Run]:
         *_variants(setting),
         *(run for seed in range(1, seeds) for run in (*_curve(seed), *_carrying(KEEP_RATES, seed))),
         *(run for seed in range(1, seeds) for run in _peers(setting, seed)),
+    ]
+
+
+def part_runs(seeds: int) -> list[Run]:
+    """What scores are worth, and each argument that merge and carry has otherwise, at one keep rate."""
+    rate = VARIANTS_OF_PRETRAINED_AT
+    return [
+        Run("dense"),
+        Run("prune_and_merge", rate),
+        *(Run("random_scores", rate, seed=seed) for seed in range(max(seeds, 3))),
+        Run("attention_scores", rate),
+        Run("even_scores", rate, plan={"allocation": "layer"}),
+        *(
+            Run("prune_and_merge", rate, variant, plan, arguments)
+            for variant, plan, arguments in (
+                ("averaged rows", {"row_weights": "average"}, {}),
+                ("size bias", {}, {"size_bias": True}),
+                ("averaged rows and size bias", {"row_weights": "average"}, {"size_bias": True}),
+                ("rates in every block", {"allocation": "layer"}, {}),
+                ("nearest in the grid", {"segments": "nearest"}, {}),
+                ("nothing pruned", {"prune_rate": 0.0}, {}),
+                ("all carried", {}, {"shortcut": "all"}),
+            )
+        ),
+        *_carrying((rate,), 0),
     ]
 
 

@@ -24,7 +24,8 @@ from pm_models.training import Recipe, fit, make_accelerator
 
 from .. import results
 from ..machine import describe, versions
-from .runs import PRUNE_RATE, Run, Setting
+from .runs import OURS, PRUNE_RATE, Run, Setting
+from .scoring import attention_received, evenly_spread
 
 RECOVERY_STEPS = 100  # after so many the state of a training is kept, within its epochs too
 
@@ -149,7 +150,13 @@ class Study(ABC):
         if self.quality in record:
             return
         print(f"== {run.name}", flush=True)
-        recipe = Recipe(epochs=self.setting.tune_epochs, lr=self.setting.tune_lr, weight_decay=1e-3, seed=run.seed)
+        recipe = Recipe(
+            epochs=self.setting.tune_epochs,
+            lr=self.setting.tune_lr,
+            weight_decay=1e-3,
+            layer_decay=self.setting.layer_decay,
+            seed=run.seed,
+        )
         state, start = self.work / f"{self._record(run).stem}_state", time.perf_counter()
         task = self.task(self.build(run), copy.deepcopy(self.dense))
         epochs = self._fit(task, run.seed, recipe, state, self.setting.tune_images)
@@ -169,17 +176,23 @@ class Study(ABC):
             share = self.gmacs(run) / count_gmacs(self.dense, input_size(self.dense))
             plan = AdaptivePlan.for_model(self.dense, share)
             return compressed(self.dense, plan).eval().to(self.accelerator.device)
-        if run.method in ("prune_and_merge", "merge_and_carry", "random_scores"):
+        if run.method in OURS:
             return compressed(self.dense, self.plan(run), **run.compress).eval().to(self.accelerator.device)
         return self.peer(run).eval().to(self.accelerator.device)
 
     def plan(self, run: Run) -> CompressionPlan:
         """The plan of a run, or of ``prune_and_merge`` at its keep rate."""
-        scores = torch.rand_like(self.scores) if run.method == "random_scores" else self.scores
-        arguments = {"prune_rate": PRUNE_RATE, **run.plan}
-        return CompressionPlan.from_scores(
-            scores, encoder_of(self.dense).patch_embed.grid_size, run.keep_rate, **arguments
-        )
+        encoder = encoder_of(self.dense)
+        grid = encoder.patch_embed.grid_size
+        if run.method == "random_scores":
+            scores = torch.rand_like(self.scores)
+        elif run.method == "attention_scores":
+            scores = attention_received(encoder, self.scoring_loader(), self.setting.score_batches)
+        elif run.method == "even_scores":
+            scores = evenly_spread(len(encoder.blocks), grid)
+        else:
+            scores = self.scores
+        return CompressionPlan.from_scores(scores, grid, run.keep_rate, **{"prune_rate": PRUNE_RATE, **run.plan})
 
     def gmacs(self, run: Run) -> float:
         """Those of ``prune_and_merge`` at the run's keep rate."""
