@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pm_kernels import SparseRows, fused_merge_attention, fused_merge_attention_qkv, transition
-from pm_models.report import format_table
+from pm_models.tables import format_table
 
 from . import results
 from .machine import describe

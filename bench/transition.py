@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pm_kernels import SparseRows, reference, transition
 from pm_models import CompressionPlan, PMVisionTransformer, compress
-from pm_models.report import format_table
+from pm_models.tables import format_table
 
 from . import comparison
 from .models import KEEP_RATE, PRUNE_RATE

@@ -6,7 +6,7 @@ from pathlib import Path
 from .compression import OPTIONS, Compression
 from .measure import count_gmacs
 from .models import Model, compression_of, encoder_of, input_size, uncompressed
-from .report import compare, tokens_per_block
+from .tables import compare, tokens_per_block
 
 _LIBRARY = "library_name: pm-vit"
 _CARD = """\
@@ -39,7 +39,7 @@ def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) 
     Args:
         model: what is saved.
         architecture: the name that it is made under.
-        results: rows as :func:`pm_models.report.compare` takes them; may be empty.
+        results: rows as :func:`pm_models.tables.compare` takes them; may be empty.
     """
     compression, size = compression_of(model), input_size(model)
     tags = ["timm", *([] if compression is None else ["token-compression"])]

@@ -18,8 +18,8 @@ from .files import write_atomically
 from .measure import count_gmacs, throughput
 from .models import input_size, tokens_of
 from .plan import CompressionPlan
-from .report import compare
 from .scoring import score_tokens
+from .tables import compare
 from .training import Recipe, classification_task, distillation_task, evaluate, fit, make_accelerator
 from .vision_transformer import compress
 from .visualize import save_cluster_picture, save_plan_picture

@@ -23,9 +23,9 @@ from ..files import write_atomically
 from ..measure import count_gmacs, throughput
 from ..models import Model, compressed, compression_of, encoder_of, input_size, tokens_of, uncompressed
 from ..plan import CompressionPlan, Plan
-from ..report import compare
 from ..scoring import score_tokens
 from ..segmenter import Segmenter
+from ..tables import compare
 from ..training import Recipe, fit, make_accelerator
 from ..training.state import flat_settings, refuse_other_settings
 from ..vision_transformer import PlainModel, check_vision_transformer

@@ -21,7 +21,7 @@ from ..loading import load_model
 from ..measure import alternate, throughput
 from ..models import compression_of, input_size, tokens_of, uncompressed
 from ..plan import CompressionPlan
-from ..report import format_table
+from ..tables import format_table
 from ..visualize import save_cluster_picture, save_latency_picture, save_plan_picture
 from .options import Bench, Demo, Export, Show
 
