@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -92,6 +93,52 @@ def cluster_figure(model: Model, image: Tensor, picture: np.ndarray) -> Figure:
 def save_cluster_picture(model: Model, path: str | os.PathLike, image: Tensor, picture: np.ndarray) -> None:
     """Write :func:`cluster_figure` as a PNG, whole or not at all."""
     _save(cluster_figure(model, image, picture), path)
+
+
+class Layer(NamedTuple):
+    """How some blocks see an image of H x W pixels.
+
+    Args:
+        first, last: the blocks.
+        paint: (H, W, 4), from 0 to 1, over the image from its top left, as far as there are patches: merged ones in the
+            mean colour of their token, pruned ones striped, those that are tokens of their own transparent.
+        outlines: the edges between patches of different tokens, ((x, y), (x, y)) in patches; none where all are tokens.
+    """
+
+    first: int
+    last: int
+    paint: np.ndarray
+    outlines: list[tuple[tuple[int, int], tuple[int, int]]]
+
+
+def token_layers(model: Model, image: Tensor, picture: np.ndarray) -> list[Layer]:
+    """What the tokens of every block stand for, a layer for blocks in which it is the same.
+
+    Args:
+        model: compressed by either kind of plan, in evaluation mode.
+        image: (C, H, W), what the model is given.
+        picture: (H, W, 3), the same to be seen, values from 0 to 1.
+    """
+    encoder = encoder_of(model)
+    images = image[None].to(encoder.patch_embed.proj.weight)
+    grid, depth, (height, width) = encoder.grid_of(images), len(encoder.blocks), encoder.patch_embed.patch_size
+    patches = np.arange(grid[0] * grid[1]).reshape(grid)
+    if encoder.compression.adaptive:
+        clusters = {block: tokens.view(grid).cpu().numpy() for block, tokens in encoder.clusters(images).items()}
+        starts = {0: patches} | clusters
+    else:
+        stages = {block: encoder.plan.stage_of(block) for block in range(depth)}
+        starts = {
+            block: patches if stage is None else np.array(stage.segments).reshape(grid)
+            for block, stage in stages.items()
+            if block == 0 or stage is not stages[block - 1]
+        }
+    picture = picture[: grid[0] * height, : grid[1] * width]  # the last patches may end before the image does
+    layers = []
+    for (first, tokens), following in zip(starts.items(), [*[*starts][1:], depth], strict=True):
+        paint = _paint(picture, tokens, (height, width))
+        layers.append(Layer(first, following - 1, paint, _outlines(tokens) if paint.any() else []))
+    return layers
 
 
 def save_accuracy_picture(
@@ -213,16 +260,37 @@ def _draw_picture(panel: Axes, picture: np.ndarray, extent: tuple[float, float, 
 
 def _painted(picture: np.ndarray, tokens: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
     """The picture with the pixels of all patches of a token in their mean colour, where there are several."""
-    places = tokens.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1)
-    places = places[: picture.shape[0], : picture.shape[1]]
+    places = _of_pixels(tokens, picture, patch_size)
     painted = picture.copy()
     for token in np.flatnonzero(np.bincount(tokens.ravel()) > 1):
         painted[places == token] = picture[places == token].mean(axis=0)
     return painted
 
 
+def _paint(picture: np.ndarray, segments: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+    """What :class:`Layer` has of segments, which are -1 where a patch is pruned."""
+    patches = np.arange(segments.size).reshape(segments.shape)
+    tokens = np.where(segments < 0, segments.size + patches, segments)  # a pruned patch is in none but its own
+    merged = _of_pixels(np.bincount(tokens.ravel())[tokens] > 1, picture, patch_size)
+    paint = np.dstack([_painted(picture, tokens, patch_size), merged]) * merged[..., None]
+    pruned = _of_pixels(segments < 0, picture, patch_size)
+    striped = np.add.outer(*map(np.arange, pruned.shape)) % 6 < 1
+    paint[pruned] = to_rgba(_PRUNED, 0.85)
+    paint[pruned & striped] = to_rgba("white", 0.6)
+    return paint
+
+
+def _of_pixels(values: np.ndarray, picture: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+    """What there is for each patch, for each pixel of a picture; the last patches may end beyond it."""
+    return values.repeat(patch_size[0], axis=0).repeat(patch_size[1], axis=1)[: picture.shape[0], : picture.shape[1]]
+
+
 def _draw_outlines(panel: Axes, segments: np.ndarray, linewidths: float) -> None:
-    """The edges between patches of different segments."""
-    lines = [[(x + 1, y), (x + 1, y + 1)] for y, x in np.argwhere(segments[:, :-1] != segments[:, 1:])]
-    lines += [[(x, y + 1), (x + 1, y + 1)] for y, x in np.argwhere(segments[:-1] != segments[1:])]
-    panel.add_collection(LineCollection(lines, colors="white", linewidths=linewidths))
+    panel.add_collection(LineCollection(_outlines(segments), colors="white", linewidths=linewidths))
+
+
+def _outlines(segments: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The edges between patches of different segments, ((x, y), (x, y)) in patches."""
+    right = np.argwhere(segments[:, :-1] != segments[:, 1:]).tolist()
+    below = np.argwhere(segments[:-1] != segments[1:]).tolist()
+    return [((x + 1, y), (x + 1, y + 1)) for y, x in right] + [((x, y + 1), (x + 1, y + 1)) for y, x in below]

@@ -1,5 +1,7 @@
 """Pictures of plans: one panel per stage, the right colours at the right patches."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from helpers import plan_for, small_vit
 from matplotlib.colors import to_rgb
 
 from pm_models import AdaptivePlan, CompressionPlan, Segmenter, StagePlan, compress
-from pm_models.visualize import cluster_figure, plan_figure
+from pm_models.visualize import cluster_figure, plan_figure, token_layers
 
 KEPT, MERGED, PRUNED = (to_rgb(colour) for colour in ("#2a9d8f", "#e9c46a", "#3d405b"))
 
@@ -29,6 +31,38 @@ def test_colours_and_outlines():
         ((1, 1), (2, 1)),
         ((2, 1), (3, 1)),
     }
+
+
+def test_layers_of_a_plan():
+    """Blocks in no stage see the image; pruned patches are striped, merged ones in the mean colour of their segment."""
+    dense = small_vit(img_size=(8, 12), depth=6)
+    segments = (0, 0, -1, 1, 1, 2)
+    stages = (
+        StagePlan(1, 2, segments, (1.0, 0.5, 0.0, 0.2, 1.0, 1.0)),
+        StagePlan(3, 3, (0, 1, 2, 3, 4, -1), (1.0, 1.0, 1.0, 1.0, 1.0, 0.0)),
+    )
+    model = compress(dense, CompressionPlan((2, 3), 6, 1, stages))
+    picture = np.random.default_rng(0).random((8, 12, 3))
+    plain, merged, pruned, after = token_layers(model, torch.randn(3, 8, 12), picture)
+    assert [(layer.first, layer.last) for layer in (plain, merged, pruned, after)] == [(0, 0), (1, 2), (3, 3), (4, 5)]
+    for layer in (plain, after):
+        assert not layer.paint.any()
+        assert not layer.outlines
+    places = [np.s_[4 * y : 4 * y + 4, 4 * x : 4 * x + 4] for y in range(2) for x in range(3)]
+    for segment in range(3):
+        of_segment = [places[patch] for patch in range(6) if segments[patch] == segment]
+        mean = np.mean([picture[place] for place in of_segment], axis=(0, 1, 2))
+        for place in of_segment:
+            expected = (*mean, 1) if len(of_segment) > 1 else (0, 0, 0, 0)
+            np.testing.assert_allclose(merged.paint[place], np.broadcast_to(expected, (4, 4, 4)))
+    for layer, patch in ((merged, 2), (pruned, 5)):
+        colours = {tuple(pixel) for pixel in layer.paint[places[patch]].reshape(-1, 4)}
+        assert colours == {(*PRUNED, 0.85), (1, 1, 1, 0.6)}
+    assert not any(pruned.paint[place].any() for place in places[:5])
+    assert set(pruned.outlines) == {
+        ((1, 0), (1, 1)), ((2, 0), (2, 1)), ((1, 1), (1, 2)), ((2, 1), (2, 2)),
+        ((0, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 1), (3, 1)),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("image", [None, np.random.default_rng(0).random((28, 20, 3)), np.zeros((28, 20))])
@@ -55,6 +89,10 @@ CLUSTERED = {  # models, the sizes of their images, and the grids
 }
 
 
+def in_rgb(picture):
+    return np.dstack([picture] * 3) if picture.ndim == 2 else picture
+
+
 @pytest.mark.parametrize("case", CLUSTERED)
 def test_what_has_merged(case):
     make, size, grid = CLUSTERED[case]
@@ -65,6 +103,12 @@ def test_what_has_merged(case):
         picture = picture[..., 0]
     clusters = model.clusters(image[None])
     figure = cluster_figure(model, image, picture)
+    in_colours = in_rgb(picture)
+    layers = token_layers(model, image, in_colours)
+    starts = sorted({0, *clusters})
+    assert [(layer.first, layer.last + 1) for layer in layers] == [*pairwise([*starts, model.plan.depth])]
+    assert not layers[0].paint.any()
+    assert not layers[0].outlines
     first, *panels = [panel for panel in figure.axes if panel.images]
     np.testing.assert_array_equal(first.images[0].get_array(), picture)
     assert len(panels) == len(clusters) == len(model.plan.merges)
@@ -94,6 +138,11 @@ def test_what_has_merged(case):
             if of_patch[y][x] != of_patch[y + 1][x]
         }
         assert outlines == apart
+        layer = next(layer for layer in layers if layer.first == block)
+        colours, opacity = np.split(layer.paint, [3], axis=-1)
+        seen = in_colours[: len(opacity), : opacity.shape[1]] * (1 - opacity) + colours * opacity
+        np.testing.assert_allclose(seen, in_rgb(expected)[: len(seen), : seen.shape[1]])
+        assert set(layer.outlines) == outlines
 
 
 def test_what_has_merged_in_a_segmenter():
