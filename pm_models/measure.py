@@ -1,5 +1,6 @@
 """Speed and cost of models: throughput side by side, and multiply-accumulates."""
 
+import copy
 import random
 import statistics
 import time
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .models import evaluating
+from .models import Model, compression_of, encoder_of, evaluating, input_size
 from .unwrapping import unwrapped
 
 
@@ -41,6 +42,36 @@ def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int =
     with torch.inference_mode():
         seconds = alternate({name: partial(model, images) for name, model in models.items()}, rounds, images.is_cuda)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+
+
+def speed_beside_dense(model: Model, dense: Model, batch: int) -> dict[str, float]:
+    """Images per second of a compressed model, of the dense one, and of an ``ideal``, alternated, at a batch size.
+
+    The ideal is the dense model with as many tokens in each block as the compressed model has there, and no work to get
+    them.
+
+    Args:
+        model: compressed, in evaluation mode; it runs on random images on its device.
+        dense: as it is without its plan, on the same device.
+        batch: images at a time.
+    """
+    encoder, plan = encoder_of(dense), compression_of(model).plan
+    weight = encoder.patch_embed.proj.weight
+    images = torch.randn(batch, *input_size(dense)).to(weight)
+    tokens = {count: torch.randn(batch, count, encoder.embed_dim).to(weight) for count in {*plan.tokens}}
+    around = copy.copy(encoder)
+    around._modules = encoder._modules | {"blocks": nn.Sequential()}
+    around = around if encoder is dense else dense.with_encoder(around)
+
+    def ideal() -> None:
+        around(images)
+        for block, count in zip(encoder.blocks, plan.tokens, strict=True):
+            block(tokens[count])
+
+    calls = {"dense": partial(dense, images), "compressed": partial(model, images), "ideal": ideal}
+    with torch.inference_mode():
+        seconds = alternate(calls, max(5, 24 // batch), images.is_cuda)
+    return {name: batch / statistics.median(times) for name, times in seconds.items()}
 
 
 def count_gmacs(model: nn.Module, image_size: tuple[int, ...]) -> float:

@@ -7,8 +7,9 @@ from helpers import images_for, plan_for, small_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pm_models import Segmenter, compress
-from pm_models.measure import alternate, count_gmacs, throughput
+from pm_models import AdaptivePlan, Segmenter, compress, measure
+from pm_models.measure import alternate, count_gmacs, speed_beside_dense, throughput
+from pm_models.models import compressed, encoder_of
 
 
 def test_gmacs_of_deit_small_are_the_published_ones():
@@ -46,6 +47,37 @@ def test_throughput_names_every_model():
     speeds = throughput({"dense": model, "again": model}, images_for(model, 4), rounds=2)
     assert speeds.keys() == {"dense", "again"}
     assert all(speed > 0 for speed in speeds.values())
+
+
+@pytest.mark.parametrize("kind", ["static", "adaptive", "segmenter"])
+def test_the_ideal_has_the_tokens_and_no_more_to_do(monkeypatch, kind):
+    """Its blocks are the dense model's on the plan's tokens; what is around them runs once."""
+    dense = small_vit()
+    plan = plan_for(dense) if kind == "static" else AdaptivePlan.for_model(dense, gmacs=0.6)
+    dense = Segmenter(dense, 3) if kind == "segmenter" else dense
+    model, seen, encoder = compressed(dense, plan), [], encoder_of(dense)
+    for name, module in {
+        "embed": encoder.patch_embed,
+        "norm": encoder.norm,
+        **dict(encoder.blocks.named_children()),
+    }.items():
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, tuple(inputs[0].shape))))
+    runs = {}
+
+    def alternate(calls, rounds, synchronize):
+        for name, call in calls.items():
+            seen.clear()
+            call()
+            runs[name] = seen.copy()
+        return {"dense": [2.0, 4.0, 3.0], "compressed": [2.0] * 3, "ideal": [1.0] * 3}
+
+    monkeypatch.setattr(measure, "alternate", alternate)
+    assert speed_beside_dense(model, dense, 6) == {"dense": 2, "compressed": 3, "ideal": 6}
+    around = [("embed", (6, 3, 28, 20)), ("norm", (6, 36, 32))]
+    assert runs["ideal"] == around + [(str(block), (6, count, 32)) for block, count in enumerate(plan.tokens)]
+    assert runs["dense"] == around[:1] + [(str(block), (6, 36, 32)) for block in range(5)] + around[1:]
+    assert runs["compressed"] == []
+    assert len(encoder.blocks) == 5
 
 
 def test_folding_is_not_counted_for_an_image():
