@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +77,21 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Before the work, see that a file or a folder can be written at the path that an option was given.
+
+    Raises:
+        OSError: it cannot.
+    """
+    above = path.parent if path.is_file() else path
+    while not above.exists():
+        above = above.parent
+    try:
+        tempfile.TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise OSError(f"{option} {path} cannot be written: {error}") from error
 
 
 @contextmanager

@@ -24,6 +24,7 @@ _COMMANDS = {
     "export": (options.Export, tools.export),
     "show": (options.Show, tools.show),
     "bench": (options.Bench, tools.bench),
+    "report": (options.Report, tools.report),
 }
 # Those that read data: with --config, with --task, and in the processes of a launcher.
 _ON_DATA = [name for name, (kind, _) in _COMMANDS.items() if issubclass(kind, options.Command)]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from ..adaptive_plan import AdaptivePlan
 from ..budget import KeepRates, fit_gmacs, fit_speedup
 from ..checkpoints import CONFIG_NAME, load_pretrained, save_pretrained
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from ..measure import count_gmacs, throughput
 from ..models import Model, compressed, compression_of, encoder_of, input_size, tokens_of, uncompressed
 from ..plan import CompressionPlan, Plan
@@ -250,6 +249,19 @@ def _teacher(folder: Path | None, model: Model, source: str | Path) -> Model:
     return load_pretrained(source, uncompressed=True)
 
 
+def dense_of(folder: Path, model: Model) -> Model | None:
+    """The uncompressed model that a folder's compressed one was made from.
+
+    None where it was fine-tuned, and the folder does not hold it as it was before.
+    """
+    if not (folder / _SUMMARY).is_file():
+        return uncompressed(model)
+    before = folder / _COMPRESSED
+    if not (before / CONFIG_NAME).is_file() or (before / _SUMMARY).is_file():
+        return None
+    return load_pretrained(before, uncompressed=True)
+
+
 # --- Training.
 
 
@@ -370,13 +382,7 @@ def _check_output(output: Path) -> None:
         raise FileExistsError(f"{output} holds a finished model; choose another --output, or delete it")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output {output} is a file, expected a folder or nothing")
-    above = output
-    while not above.exists():
-        above = above.parent
-    try:
-        tempfile.TemporaryDirectory(dir=above).cleanup()
-    except OSError as error:
-        raise OSError(f"--output {output} cannot be written: {error}") from error
+    check_writable(output, "--output")
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -438,3 +438,20 @@ class Bench(OnDevice):
     output: Path = option("picture to write", Path("latency.png"))
     results_file: Path | None = option("write the times as JSON", None)
     amp: bool = option("bfloat16 mixed precision", False, action=argparse.BooleanOptionalAction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(OnDevice):
+    """Write a page about a compressed model, one HTML file that needs no other.
+
+    It shows the tokens of every block and what they stand for in images, speed on this device beside the dense model's,
+    and how near the answers are to the dense model's.
+    """
+
+    model: Path = option("a folder that pm-vit compress or finetune wrote", positional="MODEL")
+    images: tuple[Path, ...] = option("to look at (one that matplotlib has)", (), positional="IMAGE", nargs="*")
+    output: Path = option("page to write", Path("report.html"), metavar="FILE")
+    dense: Path | None = option(
+        "folder of the dense model to compare with (the model as it was before compression, where MODEL tells)", None
+    )
+    batch_size: tuple[int, ...] = option("images to time it on", (1, 2, 4, 8), "-b", type=positive)

@@ -1,6 +1,7 @@
-"""What the commands do that need no data set: export, show, bench and demo."""
+"""What the commands do that need no data set: export, show, bench, report and demo."""
 
 import json
+import os
 import statistics
 import tempfile
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.cbook import get_sample_data
 from PIL import ImageOps
 
 from ..adaptive_plan import AdaptivePlan
@@ -16,14 +18,16 @@ from ..checkpoints import CONFIG_NAME
 from ..compression import plan_from
 from ..data import read_image, read_sample
 from ..export import export_model
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from ..loading import load_model
 from ..measure import alternate, throughput
-from ..models import compression_of, input_size, tokens_of, uncompressed
+from ..models import Model, compression_of, encoder_of, input_size, tokens_of, uncompressed
 from ..plan import CompressionPlan
+from ..report import report_page
 from ..tables import format_table
 from ..visualize import save_cluster_picture, save_latency_picture, save_plan_picture
-from .options import Bench, Demo, Export, Show
+from .commands import dense_of
+from .options import Bench, Demo, Export, Report, Show
 
 _PIXELS = 448  # of the longer side of a picture under a plan
 
@@ -115,6 +119,45 @@ def bench(options: Bench) -> None:
             },
         }
         write_atomically(options.results_file, json.dumps(results, indent=2).encode())
+
+
+def report(options: Report) -> None:
+    if options.output.is_dir():
+        raise IsADirectoryError(f"--output {options.output} is a folder, expected a file or nothing")
+    check_writable(options.output, "--output")
+    model = load_model(options.model).eval()
+    if compression_of(model) is None:
+        raise ValueError(f"{options.model} holds an uncompressed model, which has no plan")
+    dense, dense_is = _dense_of(options, model)
+    paths = [path.absolute() for path in options.images or [Path(get_sample_data("grace_hopper.jpg", asfileobj=False))]]
+    folder = os.path.commonpath([path.parent for path in paths])
+    samples = {str(path.relative_to(folder)): read_sample(path, model) for path in paths}
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    for part in filter(None, (model, dense)):
+        part.to(device)
+    page = report_page(
+        model, samples, name=str(options.model), dense=dense, dense_is=dense_is, batches=options.batch_size
+    )
+    write_atomically(options.output, page.encode())
+    print(f"report: {options.output}")
+
+
+def _dense_of(options: Report, model: Model) -> tuple[Model | None, str]:
+    """The model to compare with, and which it is, or why there is none."""
+    if options.dense is None:
+        if (dense := dense_of(options.model, model)) is not None:
+            return dense, "the model as it was before compression"
+        return None, (
+            f"{options.model} is fine-tuned, and does not hold the model as it was before; --dense takes its folder"
+        )
+    dense = load_model(options.dense).eval()
+    given, expected = (
+        (type(encoder_of(each)), {name: value.shape for name, value in each.state_dict().items()})
+        for each in (dense, uncompressed(model))
+    )
+    if given != expected:
+        raise ValueError(f"--dense {options.dense} holds another model than {options.model} was before compression")
+    return dense, f"the model of {options.dense}"
 
 
 def _speeds(table: LatencyTable) -> list[float]:
