@@ -35,6 +35,7 @@ BRIEF = {
     "export": ["--device", "cpu", "-b", "2"],
     "bench": ["--device", "cpu"],
     "show": [],
+    "report": ["--device", "cpu", "-b", "1"],
 }
 ONLY_WITH_GPUS = ("torchrun",)
 

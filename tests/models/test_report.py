@@ -222,20 +222,27 @@ def test_the_dense_model_of_a_fine_tuned_one(capsys, saved):
     assert Page(found).rows[4:] != Page(untuned).rows[4:]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{0}/nowhere"], "nowhere is no saved model"),
-        (["{0}/dense"], "dense holds an uncompressed model, which has no plan"),
-        (["{0}/adaptive", "{0}/text.png"], "text.png is no image that can be read"),
-        (["{0}/adaptive", "{0}/none.png"], "No such file.*none.png"),
-        (["{0}/adaptive", "--dense", "{0}/headless"], "headless holds another model than .*adaptive was before comp"),
-        (["{0}/adaptive", "--dense", "{0}/adaptive"], "holds another model than"),
-        (["{0}/adaptive", "--output", "{0}/images"], "--output .*images is a folder, expected a file"),
-        (["{0}/adaptive", "--output", "{0}/text.png/page.html"], "--output .*page.html cannot be written"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_measured(capsys, saved, monkeypatch, arguments, message):
+MISTAKES = {
+    "no model": (["{0}/nowhere"], "nowhere is no saved model"),
+    "no plan": (["{0}/dense"], "dense holds an uncompressed model, which has no plan"),
+    "text": (["{0}/adaptive", "{0}/text.png"], "text.png is no image that can be read"),
+    "no image": (["{0}/adaptive", "{0}/none.png"], "No such file.*none.png"),
+    "other dense": (
+        ["{0}/adaptive", "--dense", "{0}/headless"],
+        "--dense .*headless holds another model than .*adaptive was before compression",
+    ),
+    "compressed dense": (["{0}/adaptive", "--dense", "{0}/adaptive"], "--dense .*adaptive holds another model than"),
+    "output is a folder": (
+        ["{0}/adaptive", "--output", "{0}/images"],
+        "--output .*images is a folder, expected a file",
+    ),
+    "output below a file": (["{0}/adaptive", "--output", "{0}/text.png/x"], "--output .*text.png/x cannot be written"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_before_anything_is_measured(capsys, saved, monkeypatch, mistake):
+    arguments, message = MISTAKES[mistake]
     monkeypatch.setattr(report, "speed_beside_dense", None)
     monkeypatch.chdir(saved)  # where a page would be
     before = sorted(saved.rglob("*"))
