@@ -53,7 +53,8 @@ class FusedAttention(nn.Module):
         ):
             bias = attn_mask.squeeze(2) if bias is None else attn_mask.squeeze(2) + bias
             attn_mask = None
-        refuse_masks(attn_mask, is_causal)
+        if attn_mask is not None or is_causal:
+            refuse_masks(attn_mask, is_causal)
         return {"gate": self.token_gate, "key_bias": bias, "scale": self.scale}
 
     @property
@@ -89,7 +90,8 @@ class PMAttention(FusedAttention, Attention):
         ``merge`` (C, N) merges queries, keys and values: (B, N, D) -> (B, C, D).
         """
         options = self.options(attn_mask, is_causal)
-        if attended is None and _is_nothing(self.q_norm) and _is_nothing(self.k_norm):
+        unnormed = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        if attended is None and unnormed and not is_touched(self.q_norm, self.k_norm):
             qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
             out = fused_merge_attention_qkv(qkv, merge, **options)
         else:
@@ -175,10 +177,6 @@ _FUSED: dict[type[nn.Module], type[FusedAttention]] = {
     EvaAttention: PMEvaAttention,
     AttentionRope: PMAttentionRope,
 }
-
-
-def _is_nothing(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) and not is_touched(module)
 
 
 def fuse(attention: nn.Module, **options: Tensor | None) -> FusedAttention:

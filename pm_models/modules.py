@@ -5,18 +5,20 @@ from torch.nn.modules import module as registry
 from torch.utils.module_tracker import ModuleTracker
 
 
-def is_touched(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class's forward: a hook, global ones too, or another forward."""
-    own = vars(module)
-    return bool(
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl")
-        or (registry._has_any_global_hook() and _has_global_hook())
-    )
+def is_touched(*modules: nn.Module) -> bool:
+    """Whether a call of any of them does more than its class's forward: a hook, global ones too, or another forward."""
+    for module in modules:
+        own = vars(module)
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+            or "forward" in own
+            or own.get("_compiled_call_impl")
+        ):
+            return True
+    return registry._has_any_global_hook() and _has_global_hook()
 
 
 def _has_global_hook() -> bool:

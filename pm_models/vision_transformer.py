@@ -248,7 +248,7 @@ class Compressed(nn.Module):
         """The rows that the head reads, or that something hung on the model is to see."""
         if self.attn_pool is not None or getattr(self, "pool_include_prefix", False):
             return "all"
-        if is_touched(self.norm) or is_touched(self.blocks):
+        if is_touched(self.norm, self.blocks):
             return "all"
         if self.global_pool == "token":
             return "prefix"

@@ -12,7 +12,7 @@ from pm_kernels import token_mix, transition
 from pm_kernels.runtime import autocast_dtype
 
 from ..compression import Compression
-from .blocks import attends_apart, branches, opening_norm, run_block
+from .blocks import attend, attends_apart, comes_apart, feed, opening_norm, run_block
 from .folding import READOUTS, DenseFold, Fold, Folded, FrozenFold
 from .matrices import StageMatrices
 from .rotary import RotaryPositions
@@ -22,11 +22,12 @@ Maps = dict[int, Tensor | None]
 
 
 class Run(NamedTuple):
-    """Consecutive blocks ``first`` to ``last`` on the same tokens: a stage's, or all where ``stage`` is None."""
+    """Consecutive blocks ``first`` to ``last`` on so many tokens: a stage's, or all where ``stage`` is None."""
 
     first: int
     last: int
     stage: str | None
+    tokens: int
 
 
 class StaticReduction(nn.Module):
@@ -130,7 +131,7 @@ class StaticReduction(nn.Module):
         return self._run_folded(blocks, x, readout, positions, maps or {}, call)
 
     def _stages(self) -> list[StageMatrices | None]:
-        return [None if run.stage is None else self[run.stage] for run in self.runs]
+        return [None if run.stage is None else self._modules[run.stage] for run in self.runs]
 
     def _run_literal(
         self, blocks: nn.Module, x: Tensor, positions: list[dict], maps: Maps, call: Callable | None
@@ -180,14 +181,13 @@ class StaticReduction(nn.Module):
         reads_prefix = readout == "prefix" and not maps and self._compression.train_matrices != "dense"
         update = carried = None
         for index, (run, matrix) in enumerate(zip(self.runs, folded.transitions, strict=True)):
-            tokens = plan.num_tokens if run.stage is None else self[run.stage].shape[0]
             for number in range(run.first, run.last + 1):
                 block = blocks[number]
                 step = partial(
                     _step,
                     block,
                     matrix=matrix if number == run.first else None,
-                    tokens=tokens,
+                    tokens=run.tokens,
                     rows=plan.num_prefix_tokens
                     if reads_prefix and number == len(blocks) - 1 and attends_apart(block)
                     else None,
@@ -241,15 +241,13 @@ def _run_merging(block: nn.Module, x: Tensor, *, merged: Tensor, merge: Tensor) 
 
     The first norm and the projection to queries, keys and values run on all N tokens, the rest on the C merged ones.
     """
-    parts = branches(block)
-    if parts is None:
+    if not comes_apart(block):
         raise ValueError(
             "merge_site='attention' runs a stage's first block by its parts, which would pass by the hook or forward "
             "that was put on the block itself; put it on a part of the block, or merge before it (merge_site='block')"
         )
-    attend, feed = parts
-    y = merged + attend(block.norm1(x), merge=merge)
-    return y + feed(y)
+    y = merged + attend(block, block.norm1(x), merge=merge)
+    return y + feed(block, y)
 
 
 def _runs(compression: Compression, depth: int) -> Iterator[Run]:
@@ -260,8 +258,8 @@ def _runs(compression: Compression, depth: int) -> Iterator[Run]:
         if stage is None:
             later = [other.first for other in plan.stages if other.first > block]
             last = min([depth, *later]) - 1
-            yield Run(block, last, None)
+            yield Run(block, last, None, plan.num_tokens)
         else:
             last = min(stage.last, depth - 1)
-            yield Run(block, last, str(stage.first))
+            yield Run(block, last, str(stage.first), plan.num_prefix_tokens + stage.merged_patches)
         block = last + 1
