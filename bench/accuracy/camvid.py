@@ -45,6 +45,7 @@ class CamVid(Study):
     """On a folder with ``images/{train,val,test}/*`` and ``labels/...``, classes 0 to 10 and 11 for void."""
 
     quality = "miou"
+    follows_test = False
     make_scoring_loader = staticmethod(make_scoring_loader)
 
     def __init__(

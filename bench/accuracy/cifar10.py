@@ -37,6 +37,7 @@ class Cifar10(Study):
     """On an image folder, ``train/<class>/*`` and ``test/<class>/*``."""
 
     quality = "top1"
+    follows_test = True
     make_scoring_loader = staticmethod(calibration_loader)
 
     def __init__(

@@ -50,6 +50,7 @@ class Study(ABC):
     """
 
     quality: str  # what of an evaluation is the accuracy
+    follows_test: bool  # whether the evaluation after an epoch is of all test images
     make_scoring_loader: Callable[..., DataLoader]
     train_set: Dataset
 
@@ -162,8 +163,9 @@ class Study(ABC):
         epochs = self._fit(task, run.seed, recipe, state, self.setting.tune_images)
         tuned = task.trainable_module.eval()
         self.finished(run, tuned)
-        tested = {self.quality: self._tested(tuned), "epochs": [asdict(epoch) for epoch in epochs]}
-        self._write(run, record | tested | {"seconds": time.perf_counter() - start, **versions()})
+        tested = getattr(epochs[-1], self.quality) if self.follows_test else self._tested(tuned)
+        after = {self.quality: tested, "epochs": [asdict(epoch) for epoch in epochs]}
+        self._write(run, record | after | {"seconds": time.perf_counter() - start, **versions()})
         for folder in (state, state.with_name(f"{state.name}.old")):
             shutil.rmtree(folder, ignore_errors=True)
 
