@@ -22,6 +22,7 @@ from bench.accuracy.runs import (
     segmentation_runs,
 )
 from bench.accuracy.scoring import attention_received, evenly_spread
+from bench.accuracy.study import Study
 from pm_models import PMVisionTransformer
 from pm_models.measure import count_gmacs
 
@@ -33,6 +34,11 @@ TINY_CAMVID = Setting(
     image=16, patch=4, width=16, depth=3, heads=2, batch=4, epochs=3, lr=1e-3, tune_epochs=1, tune_lr=1e-4,
     score_batches=2, decoder_depth=1,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_one_process(monkeypatch):
+    monkeypatch.setattr(Study, "workers", 0)
 
 
 @pytest.fixture(scope="module")

@@ -70,14 +70,14 @@ class CamVid(Study):
             part(self.train_set, images),
             like,
             batch_size=self.setting.batch,
-            workers=1,
+            workers=self.workers,
             seed=seed,
             scale=self.setting.crop_scale,
         )
-        return train, make_evaluation_loader(self.val_set, like, workers=1, share=(0, FOLLOWED))
+        return train, make_evaluation_loader(self.val_set, like, workers=self.workers, share=(0, FOLLOWED))
 
     def test_loader(self) -> DataLoader:
-        return make_evaluation_loader(self.test_set, self.new_model(), workers=1)
+        return make_evaluation_loader(self.test_set, self.new_model(), workers=self.workers)
 
     def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:
         return SegmentationTask(model, teacher)

@@ -60,7 +60,7 @@ class Cifar10(Study):
             part(self.train_set, images),
             self.new_model(),
             batch_size=self.setting.batch,
-            workers=1,
+            workers=self.workers,
             training=True,
             seed=seed,
             scale=self.setting.crop_scale,
@@ -69,7 +69,9 @@ class Cifar10(Study):
         return train, self.test_loader()
 
     def test_loader(self) -> DataLoader:
-        loader = make_loader(self.test_set, self.new_model(), batch_size=self.setting.batch, workers=1, crop_pct=1.0)
+        loader = make_loader(
+            self.test_set, self.new_model(), batch_size=self.setting.batch, workers=self.workers, crop_pct=1.0
+        )
         return self.accelerator.prepare(loader)
 
     def task(self, model: nn.Module, teacher: nn.Module | None) -> TrainingTask:

@@ -51,6 +51,7 @@ class Study(ABC):
 
     quality: str  # what of an evaluation is the accuracy
     follows_test: bool  # whether the evaluation after an epoch is of all test images
+    workers = 1  # processes that load images
     make_scoring_loader: Callable[..., DataLoader]
     train_set: Dataset
 
@@ -92,7 +93,7 @@ class Study(ABC):
             self.dense,
             batches=self.setting.score_batches,
             batch_size=self.setting.batch,
-            workers=1,
+            workers=self.workers,
             seed=0,
         )
 
