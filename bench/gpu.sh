@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go: the tests, the suites and the report. A part that fails does not stop the others.
+# Everything that wants a GPU, in one go: the tests, the suites, the sanitizer where it is installed, and what was predicted
+# beside what was measured. A part that fails does not stop the others.
 #
 #   bash bench/gpu.sh FOLDER
 #
@@ -22,7 +23,22 @@ part() { # NAME SECONDS COMMAND...
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || exit 1
 part tests 150 python -m pytest tests/kernels tests/models/test_on_kernels.py -q --maxfail=20 -p no:cacheprovider
-part attention 60 python -m pytest bench -q --benchmark-only -k attention- --results "$out"
+part attention 50 python -m pytest bench -q --benchmark-only -k attention- --results "$out"
 part transition 30 python -m pytest bench -q --benchmark-only -k transition- --results "$out"
-part model 290 python -m pytest bench -q --benchmark-only -k model- --results "$out"
+part model 230 python -m pytest bench -q --benchmark-only -k model- --results "$out"
+if command -v compute-sanitizer >/dev/null; then # one random case for each kernel; bench/sanitize.sh tries all
+    PM_VIT_CASES=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 60 compute-sanitizer --error-exitcode 9 \
+        python -m pytest tests/trust/test_kernels.py -q -p no:cacheprovider
+fi
+case $(nvidia-smi --query-gpu=name --format=csv,noheader) in
+*A100*) card=a100 ;;
+*H100*) card=h100 ;;
+*H200*) card=h200 ;;
+*B200*) card=b200 ;;
+*) card= ;;
+esac
+if [ -n "$card" ]; then
+    part predicted 20 python -m bench.predict "$card" --measured "$out/model.json"
+    cat "$out/predicted.log"
+fi
 exit "$failed"

@@ -123,7 +123,7 @@ def measure(case: Case, device: str, machine: dict) -> dict:
     found = compared(case.model, device, case.mode == "adaptive")
     images = torch.randn(case.batch, *input_size(found.models["ours"]), device=device)
     chosen = {
-        name: _prepared(found.models[_weights(name)].train(case.mode == "train"), name, device)
+        name: _prepared(found.models[weights_of(name)].train(case.mode == "train"), name, device)
         for name in names(case, device)
     }
     call = partial(_train if case.mode == "train" else _infer, device=device, dtype=case.dtype, images=images)
@@ -143,7 +143,7 @@ def measure(case: Case, device: str, machine: dict) -> dict:
     )
 
 
-def _weights(name: str) -> str:
+def weights_of(name: str) -> str:
     """The model that runs under a name."""
     return {"dense_compiled": "dense_eager", "dense_autotuned": "dense_eager", "ours_eager": "ours"}.get(name, name)
 

@@ -139,12 +139,12 @@ def test_plots_are_drawn(tmp_path):
 STAND_IN = """#!/usr/bin/env bash
 echo "$0 $*" >> "$CALLS"
 [[ "$*" != *attention-* ]] || { echo "no such kernel"; exit 3; }
-echo fine
+echo "fine on an H200"
 """
 
 
 def test_the_gpu_script_survives_a_part_that_fails(tmp_path):
-    for name in ("python", "nvidia-smi"):
+    for name in ("python", "nvidia-smi", "compute-sanitizer"):
         (tmp_path / name).write_text(STAND_IN)
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
@@ -157,6 +157,8 @@ def test_the_gpu_script_survives_a_part_that_fails(tmp_path):
     assert "model: passed" in done.stdout
     assert (tmp_path / "out" / "attention.log").read_text() == "no such kernel\n"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        f"{part}.log" for part in ("tests", "attention", "transition", "model")
+        f"{part}.log" for part in ("tests", "attention", "transition", "model", "memcheck", "predicted")
     }
-    assert (tmp_path / "calls").read_text().count("--results") == 3
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("--results") == 3
+    assert f"-m bench.predict h200 --measured {tmp_path / 'out' / 'model.json'}" in calls
