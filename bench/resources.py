@@ -240,6 +240,7 @@ def compile_for(target: Target, launch: NamedTuple) -> dict:
         "registers": registers,
         "stack": stack,
         "spills": instructions["LDL"] + instructions["STL"],
+        "narrow_loads": instructions["LDG.E.U16"],
         "shared": shared,
         "tensor_memory": columns,
         "resident": resident,
@@ -283,7 +284,7 @@ def _disassembled(cubin: bytes) -> tuple[str, collections.Counter]:
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
-    return usage, collections.Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA|LDL|STL)\b", code))
+    return usage, collections.Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA|LDL|STL|LDG\.E\.U16)\b", code))
 
 
 def reports(chosen: Iterable[tuple[Case, int]]) -> Iterator[dict]:

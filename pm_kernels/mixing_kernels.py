@@ -10,7 +10,7 @@ import triton.language as tl
 # Counts are not compiled in: a model whose blocks have different numbers of tokens runs the same few kernels.
 COUNTS = (
     "rows", "tokens", "entries", "by_image", "first", "split", "normed", "row_programs", "width_programs",
-    "token_programs", "programs", "items", "batch", "splits", "padded",
+    "token_programs", "programs", "items", "batch", "splits", "chunks",
 )  # fmt: skip
 
 
@@ -33,12 +33,12 @@ def in_parts(p_first, p_second, o_r, first, stride_first, stride_second, ALIGNED
 
 @triton.jit
 def load_matrix(
-    p_matrix, o_r, rows, o_n, tokens, padded, stride,
-    TRANSPOSED: tl.constexpr,
+    p_matrix, o_r, rows, o_n, tokens, chunks, stride,
+    TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A block [R, N] of a matrix (rows, padded), or of the transpose of (tokens, padded), with zeros from its last
-    column to `padded`."""
+    """A block [R, N] of a matrix, or of the transpose of one (tokens, chunks * CHUNK), whose padding holds zeros."""
     if TRANSPOSED:
+        padded = chunks * CHUNK  # so the compiler knows that it is a multiple, and does not load number by number
         p_block = p_matrix + o_n[:, None] * stride + o_r[None, :]
         return tl.trans(tl.load(p_block, mask=(o_n < tokens)[:, None] & (o_r < padded)[None, :], other=0.0))
     else:
@@ -48,15 +48,15 @@ def load_matrix(
 @triton.jit(do_not_specialize=COUNTS)
 def mix(
     p_matrix, p_x, p_carried, p_weight, p_bias, p_y, p_rest, p_normed,
-    rows, tokens, padded, first, split, normed, width, row_programs, width_programs, stride_matrix,
+    rows, tokens, chunks, first, split, normed, width, row_programs, width_programs, stride_matrix,
     stride_xb, stride_xn, stride_cb, stride_cn, stride_yb, stride_yn, stride_rb, stride_rn, eps,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Mix tokens by a dense matrix, y[b] = matrix @ x[b] or, TRANSPOSED, matrix^T @ x[b], and normalise the first rows.
 
-    p_matrix (rows, stride_matrix), or TRANSPOSED (tokens, stride_matrix), zeros from its last column to `padded`, a
-    multiple of CHUNK
+    p_matrix (rows, stride_matrix), or TRANSPOSED (tokens, stride_matrix), zeros after its last column, to a multiple of
+    CHUNK: `chunks` of them
     p_x (B, first, width), p_carried (B, tokens - first, width) or None: any strides, rows contiguous
     p_weight, p_bias (width,), p_normed (B, normed, width), or None: nothing is normalised
     p_y (B, split, width), p_rest (B, rows - split, width) or None: any strides, rows contiguous
@@ -85,7 +85,7 @@ def mix(
         b_y = tl.zeros([ROWS, COLUMNS], tl.float32)
         for i in tl.range(0, tl.cdiv(tokens, CHUNK), num_stages=STAGES):
             o_n = i * CHUNK + tl.arange(0, CHUNK)
-            b_m = load_matrix(p_matrix, o_r, rows, o_n, tokens, padded, stride_matrix, TRANSPOSED)
+            b_m = load_matrix(p_matrix, o_r, rows, o_n, tokens, chunks, stride_matrix, TRANSPOSED, CHUNK)
             p_read = in_parts(p_x, p_carried, o_n, first, stride_xn, stride_cn, ALIGNED)
             b_x = tl.load(p_read[:, None] + o_w[None, :], mask=(o_n < tokens)[:, None] & m_w, other=0.0)
             b_y = tl.dot(b_m, b_x, b_y, input_precision=PRECISION)

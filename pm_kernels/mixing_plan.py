@@ -192,8 +192,8 @@ def mix_launch(
     weight, bias, eps, normed = norm or (None, None, 0.0, None)
     arguments = {
         "p_matrix": matrix, "p_x": x, "p_carried": carried, "p_weight": weight, "p_bias": bias, "p_y": y,
-        "p_rest": rest, "p_normed": normed, "rows": rows,
-        "tokens": first + (0 if carried is None else carried.shape[1]), "padded": matrix.shape[1], "first": first,
+        "p_rest": rest, "p_normed": normed, "rows": rows, "chunks": matrix.shape[1] // CHUNK,
+        "tokens": first + (0 if carried is None else carried.shape[1]), "first": first,
         "split": y.shape[1], "normed": 0 if normed is None else normed.shape[1], "width": width,
         "row_programs": row_programs, "width_programs": width_programs, "stride_matrix": matrix.stride(0),
         **strides("x", x), **strides("c", carried), **strides("y", y), **strides("r", rest), "eps": eps,

@@ -79,6 +79,13 @@ def test_matrix_products_take_the_fast_path(records):
     assert all(matrix["UTCHMMA"] > 0 for matrix in blackwell)
 
 
+@pytest.mark.fuzz
+def test_half_precision_is_not_loaded_number_by_number(records):
+    """Where the compiler cannot tell that a mask or an address goes by 16 bytes, it gives a warp 16 loads for one."""
+    products = [record for record in records if record["kernel"] not in WITHOUT_PRODUCTS]
+    assert not [record for record in products if record["narrow_loads"]]
+
+
 REPEATED = """
 import torch
 from bench.stand_in import stand_in
