@@ -25,7 +25,7 @@ class StandIn:
         self.utils = self
 
     def get_current_device(self) -> int:
-        return 0
+        return self._family  # Triton keeps what it compiled by device, and no GPU must find what runs nothing
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -41,8 +41,11 @@ class StandIn:
         """Module, function, registers, spills, threads that fit."""
         return 0, 0, 0, 0, 1024
 
+    def unload_module(self, *_: object) -> None:
+        """Nothing was loaded."""
+
     def launcher_cls(self, *_: object) -> object:
-        return lambda *arguments: self.launched.append(arguments)
+        return lambda *arguments: driver.active.launched.append(arguments)  # it outlives the stand-in that made it
 
 
 @contextmanager

@@ -225,6 +225,28 @@ def test_a_merge_is_two_launches_and_is_repeated():
     assert run("-c", REPEATED_MATCH).strip() == "two launches"
 
 
+TARGETS = """
+import torch
+from bench.stand_in import stand_in
+from pm_kernels import fused_merge_attention_qkv
+from pm_kernels.attention_kernels import forward_resident
+
+qkv = torch.empty(2, 9, 3, 2, 16, dtype=torch.float16)
+for family in (80, 90, 100, 80):
+    with stand_in(family) as device:
+        for count in (1, 2):
+            fused_merge_attention_qkv(qkv)
+            assert len(device.launched) == count, (family, device.launched)
+        device.unload_module(None)
+assert set(forward_resident.device_caches) == {80, 90, 100}, set(forward_resident.device_caches)
+print("launched on each")
+"""
+
+
+def test_a_stand_in_takes_launches_of_its_own_target_and_leaves_nothing_for_a_gpu():
+    assert run("-c", TARGETS).strip() == "launched on each"
+
+
 PACKED = """
 import torch
 from bench.stand_in import stand_in
