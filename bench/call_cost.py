@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pm_kernels import SparseRows, fused_merge_attention, fused_merge_attention_qkv, transition
+from pm_kernels import SparseRows, fused_merge_attention, fused_merge_attention_qkv, match, transition
 from pm_models.tables import format_table
 
 from . import results
@@ -36,7 +36,15 @@ def measure() -> dict[str, float]:
     # One token, so that PyTorch's own attention has nothing to compute either.
     one = [x[:, :, :1] for x in (q, k, v)]
     trained = qkv.clone().requires_grad_()
-    x, carried = torch.randn(1, 118, 384, dtype=torch.bfloat16), torch.randn(1, 19, 384, dtype=torch.bfloat16)
+    dout = torch.randn(1, 6, 118, 64, dtype=torch.bfloat16)
+    images, bias, sizes = (
+        torch.randn(4, 118, 3, 6, 64, dtype=torch.bfloat16),
+        torch.zeros(4, 1, 118),
+        torch.ones(1, 118),
+    )
+    long, long_merge = torch.randn(1, 300, 3, 6, 64, dtype=torch.bfloat16), torch.randn(280, 300, dtype=torch.bfloat16)
+    x, update = torch.randn(2, 1, 118, 384, dtype=torch.bfloat16)
+    carried = torch.randn(1, 19, 384, dtype=torch.bfloat16)
     matrix, norm = (
         SparseRows.from_dense(torch.eye(137, dtype=torch.bfloat16)),
         (torch.ones(384), torch.zeros(384), 1e-6),
@@ -48,14 +56,24 @@ def measure() -> dict[str, float]:
             "fused_merge_attention, gate": microseconds(lambda: fused_merge_attention(q, k, v, gate=gate)),
             "fused_merge_attention, merge": microseconds(lambda: fused_merge_attention(q, k, v, merge)),
             "fused_merge_attention_qkv": microseconds(lambda: fused_merge_attention_qkv(qkv)),
-            "transition": microseconds(lambda: transition(x, carried, matrix, 118, update=x, norm=norm)),
+            "fused_merge_attention_qkv, bias of each image": microseconds(
+                lambda: fused_merge_attention_qkv(images, key_bias=bias)
+            ),
+            "fused_merge_attention_qkv, merge of a long sequence": microseconds(
+                lambda: fused_merge_attention_qkv(long, long_merge)
+            ),
+            "transition": microseconds(lambda: transition(x, carried, matrix, 118, update=update, norm=norm)),
+            "match": microseconds(lambda: match(x, sizes, 80, update=update, norm=norm)),
         }
     with stand_in(), torch.enable_grad():
         costs["fused_merge_attention_qkv, recorded for backward"] = microseconds(
             lambda: fused_merge_attention_qkv(trained)
         )
+        costs["fused_merge_attention_qkv, with its backward"] = microseconds(
+            lambda: fused_merge_attention_qkv(trained).backward(dout)
+        )
         costs["transition, recorded for backward"] = microseconds(
-            lambda: transition(trained_x, carried, matrix, 118, update=x, norm=norm)
+            lambda: transition(trained_x, carried, matrix, 118, update=update, norm=norm)
         )
     with torch.inference_mode():
         costs["scaled_dot_product_attention of one token, on the CPU"] = microseconds(

@@ -67,19 +67,20 @@ class AttentionCase(NamedTuple):
         """What the package would launch: forward, then backward with every gradient."""
         from pm_kernels.attention import Attention
         from pm_kernels.attention_plan import plan_backward, plan_forward
+        from pm_kernels.runtime import padded
 
         device, dtype = _device(self.target), getattr(torch, self.dtype)
         batch, heads = 256, 6
         qkv = torch.empty(batch, self.tokens, 3, heads, self.width, dtype=dtype, device="meta")
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         keys = self.merged or self.tokens
-        merge = torch.empty(self.merged, self.tokens, dtype=dtype, device="meta") if self.merged else None
+        merge = padded(torch.empty(self.merged, self.tokens, dtype=dtype, device="meta")) if self.merged else None
         gate = torch.empty(batch, heads, keys, device="meta") if self.extras else None
         call = Attention(q, k, v, merge, gate, gate, None, self.merge_queries)
-        out, lse = call.results()
-        forward = plan_forward(device, call, out, lse)
+        forward = plan_forward(device, call)
+        out, lse = forward.results
         wanted = (self.merged is not None, self.extras, self.extras)
-        return forward + plan_backward(device, call, torch.empty_like(out), out, lse, wanted).launches
+        return forward.launches + plan_backward(device, call, torch.empty_like(out), out, lse, wanted).launches
 
 
 class MixCase(NamedTuple):
@@ -108,17 +109,17 @@ class MixCase(NamedTuple):
             return torch.empty(count, dtype=torch.int32, device="meta")
 
         x, rest = floating(batch, kept, self.width), floating(batch, rows - kept, self.width) if self.extras else None
-        sparse, matrix = self.matrix == "sparse", floating(rows, rows)
-        if sparse:
+        matrix = padded(floating(rows, rows))
+        if self.matrix == "sparse":
             by_column = ByColumn(integers(rows), integers(entries), integers(entries))
             matrix = SparseRows(integers(rows), integers(entries), floating(entries), by_column)
         weight = torch.empty(self.width, device="meta")
         norm = (weight, weight, 1e-6) if self.extras else None
-        call = Mix(x, x if self.extras and sparse else None, rest, matrix, norm, kept, kept)
-        forward = plan_forward(device, call if sparse else call._replace(matrix=padded(matrix)), *call.results())
+        call = Mix(x, x if self.extras and self.matrix == "sparse" else None, rest, matrix, norm, kept, kept)
+        forward = plan_forward(device, call)
         gradients = (x, rest, x if self.extras else None)
         backward = plan_backward(device, call, gradients, x, kept, rows, (True, True, self.extras))
-        return [forward, *backward.launches]
+        return forward.launches + backward.launches
 
 
 class MatchCase(NamedTuple):
@@ -139,7 +140,7 @@ class MatchCase(NamedTuple):
         weight, sizes = torch.empty(self.width, device="meta"), torch.empty(256, 197, device="meta")
         norm = (weight, weight, 1e-6) if self.extras else None
         call = Match(x, sizes, 120, 1, 3, x if self.extras else None, norm, root_sizes=self.extras)
-        return [plan(device, call, call.results(), call.scratch(device))]
+        return plan(device, call).launches
 
 
 Case = AttentionCase | MixCase | MatchCase

@@ -1,5 +1,6 @@
 """Attention over merged tokens, with a gate and a bias per key: contract, checks, autograd, registration."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -217,23 +218,22 @@ def _attend(call: Attention, op: str) -> Tensor:
     return (_Recorded.apply(known, *call) if how == "record" else attention(*call))[0]
 
 
-def _run(call: Attention, known: Known) -> tuple[Tensor, Tensor]:
+def _run(call: Attention, known: Known) -> Sequence[Tensor]:
     """The output and ``lse`` (B, H, queries) in float32, the base-2 logarithm of each query's softmax denominator."""
-    results, (q, k, v) = call.results(), call.heads()
-    merge = None if call.merge is None else runtime.padded(call.merge)
-    tensors = (q, k, v, merge, call.gate, call.key_bias, *results)
-    with runtime.on_device(q):
-        if not known.repeat(tensors):
+    if call.merge is not None:
+        call = call._replace(merge=runtime.padded(call.merge))
+    with runtime.on_device(call.q):
+        results = known.repeat(call[:6])
+        if results is None:
             from .attention_plan import plan_forward
 
-            plan = plan_forward(known.device, call._replace(q=q, k=k, v=v, merge=merge), *results)
-            known.run(plan, ("p_q", "p_k", "p_v", "p_merge", "p_gate", "p_bias", "p_out", "p_lse"), tensors)
+            results = known.run(plan_forward(known.device, call), call[:6])
     return results
 
 
 def _forward(*arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor]:
     call, known, _ = runtime.settle(Attention(*arguments))
-    return _run(call, known)
+    return tuple(_run(call, known))
 
 
 def _backward(
@@ -241,18 +241,27 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, packed (B, N, 3, H, d), and those ``wanted`` of merge, gate and key_bias, or empty."""
     *arguments, wanted = arguments
-    call = Attention(*arguments)
-    from .attention_plan import plan_backward
-
+    call = given = Attention(*arguments)
+    known = runtime.settle_backward(dout, out, lse, call, *wanted)
+    if call.merge is not None:
+        call = call._replace(merge=runtime.padded(call.merge))
+    tensors = (dout, out, lse, *call[:6])
     with runtime.on_device(dout):
-        plan = plan_backward(runtime.kernel_device(dout), call, dout, out, lse, wanted)
-        for launch in plan.launches:
-            launch.run()
-    dmerge = sum(partial.sum(0) for partial in plan.partial_dmerges)
-    return plan.dqkv, *(
+        results = known.repeat(tensors)
+        if results is None:
+            from .attention_plan import plan_backward
+
+            results = known.run(plan_backward(known.device, call, dout, out, lse, wanted), tensors)
+    dqkv, dgate, dbias, *partial_dmerges = results
+    if given.k is not None and given.k.shape[2] != given.q.shape[2]:
+        # Where a tensor has fewer tokens than another, its gradient's last rows are nobody's.
+        dqkv[:, given.q.shape[2] :, 0].zero_()
+        dqkv[:, given.k.shape[2] :, 1:].zero_()
+    dmerge = sum(partial.sum(0) for partial in partial_dmerges)
+    return dqkv, *(
         # The gradient is summed over what was broadcast.
         gradient.sum_to_size(tensor.shape).to(tensor.dtype) if want else dout.new_empty(0)
-        for tensor, gradient, want in zip(call[3:6], (dmerge, plan.dgate, plan.dbias), wanted, strict=True)
+        for tensor, gradient, want in zip(given[3:6], (dmerge, dgate, dbias), wanted, strict=True)
     )
 
 

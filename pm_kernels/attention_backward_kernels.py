@@ -43,7 +43,7 @@ def backward_tile(
     b_qs, b_douts, b_dqs, b_lses, b_deltas, p_q, p_k, p_v, p_merge, p_gate, p_bias, p_dout, p_dk, p_dv, p_dgate,
     p_dbias, i_head, o_k, keys, tokens, stride_merge, scale,
     GRADIENT: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, PIECES: tl.constexpr, STEP: tl.constexpr,
+    GATE_HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr, PIECES: tl.constexpr, STEP: tl.constexpr,
     CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys ``o_k`` [STEP] of a head: writes their gradients, and returns what dq is with them."""
@@ -56,7 +56,7 @@ def backward_tile(
         p_merge, p_v, o_k, keys, tokens, stride_merge, V_STRIDE, WIDTH, COLUMNS, CHUNK, STAGES, PRECISION,
         p_merge is not None, False,
     )  # fmt: skip
-    b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+    b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_HEADS, False)
     b_dgate = tl.zeros([STEP], tl.float32)
     b_dbias = tl.zeros([STEP], tl.float32)
     if TRANSPOSED:
@@ -66,7 +66,7 @@ def backward_tile(
         b_dk = tl.zeros([STEP, COLUMNS], tl.float32)
         b_dv = tl.zeros([STEP, COLUMNS], tl.float32)
     if p_gate is not None:
-        b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)
+        b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_HEADS, False)
     b_summed_dqs = ()
     for i in tl.static_range(len(PIECES)):
         # ds is finished before any product accumulates: fewer registers are live.
@@ -113,7 +113,7 @@ def backward_resident(
     stride_doutb, stride_douth, stride_dqb, stride_dkb, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, MERGE_QUERIES: tl.constexpr,
+    GATE_HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr, MERGE_QUERIES: tl.constexpr,
     PIECES: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def backward_resident(
         b_dqs = backward_tile(
             b_qs, b_douts, b_dqs, b_lses, b_deltas, p_q, p_k, p_v, p_merge, p_gate, p_bias, p_dout, p_dk, p_dv, p_dgate,
             p_dbias, i_head, key + tl.arange(0, STEP), keys, tokens, stride_merge, scale, GRADIENT, WIDTH, COLUMNS,
-            K_STRIDE, V_STRIDE, GATE_PER_HEAD, BIAS_PER_HEAD, PIECES, STEP, CHUNK, TRANSPOSED, STAGES, PRECISION,
+            K_STRIDE, V_STRIDE, GATE_HEADS, BIAS_HEADS, PIECES, STEP, CHUNK, TRANSPOSED, STAGES, PRECISION,
         )  # fmt: skip
     start = 0
     for i in tl.static_range(len(PIECES)):
@@ -167,7 +167,7 @@ def backward_queries(
     stride_doutb, stride_douth, stride_dqb, programs, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
+    GATE_HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient for long sequences, and each query's delta, the product of its output and gradient.
@@ -199,12 +199,12 @@ def backward_queries(
         o_k = key + tl.arange(0, STEP)
         b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
         b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
-        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_HEADS, False)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * base2 + b_bias[None, :]  # [ROWS, STEP]
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         if p_gate is not None:
-            b_dp *= load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)[None, :]
+            b_dp *= load_gate(p_gate, i_head, o_k, keys, GATE_HEADS, False)[None, :]
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
     store_rows(p_dq, b_dq * scale, o_q, queries, 3 * HEADS * WIDTH, WIDTH, COLUMNS)
@@ -217,7 +217,7 @@ def backward_keys(
     stride_doutb, stride_douth, stride_dkb, programs, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, DOUT_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
+    GATE_HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr,
     KEYS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys, values, gate and bias for long sequences: queries pass by in blocks of STEP.
@@ -240,9 +240,9 @@ def backward_keys(
     o_k = (i_program % programs) * KEYS + tl.arange(0, KEYS)
     b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
     b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
-    b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+    b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_HEADS, False)
     if p_gate is not None:
-        b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)
+        b_gate = load_gate(p_gate, i_head, o_k, keys, GATE_HEADS, False)
     b_dgate = tl.zeros([KEYS], tl.float32)
     b_dbias = tl.zeros([KEYS], tl.float32)
     b_dk = tl.zeros([KEYS, COLUMNS], tl.float32)

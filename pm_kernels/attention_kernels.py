@@ -51,11 +51,11 @@ def store_columns(p_y, b_y, o_n, count, STRIDE: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def load_gate(p_gate, i_head, o_k, keys, PER_HEAD: tl.constexpr, WHOLE: tl.constexpr):
-    """The gates [R] of the keys ``o_k`` from (keys,) or, PER_HEAD, from (B * H, keys); zeros past the last key."""
+def load_gate(p_gate, i_head, o_k, keys, HEADS: tl.constexpr, WHOLE: tl.constexpr):
+    """The gates [R] of the keys ``o_k``: HEADS heads share a row, or all where it is 0; zeros past the last key."""
     p_keys = p_gate + o_k
-    if PER_HEAD:
-        p_keys += i_head * keys
+    if HEADS > 0:
+        p_keys += i_head // HEADS * keys
     if WHOLE:
         return tl.load(p_keys).to(tl.float32)
     else:
@@ -63,14 +63,14 @@ def load_gate(p_gate, i_head, o_k, keys, PER_HEAD: tl.constexpr, WHOLE: tl.const
 
 
 @triton.jit
-def load_bias(p_bias, i_head, o_k, keys, PER_HEAD: tl.constexpr, WHOLE: tl.constexpr):
+def load_bias(p_bias, i_head, o_k, keys, HEADS: tl.constexpr, WHOLE: tl.constexpr):
     """What is added to the base-2 logits of the keys ``o_k`` [R]: their bias, and -inf past the last key."""
     if p_bias is None:
         return tl.where(o_k < keys, 0.0, float("-inf"))
     else:
         p_keys = p_bias + o_k
-        if PER_HEAD:
-            p_keys += i_head * keys
+        if HEADS > 0:
+            p_keys += i_head // HEADS * keys
         if WHOLE:
             return tl.load(p_keys).to(tl.float32) * LOG2_E
         else:
@@ -141,7 +141,7 @@ def store_attended(
 def attend_resident(
     b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, o_q, queries, keys, scale,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    BIAS_PER_HEAD: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_HEADS: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries [R, D] over all of a head's keys and values, tuples of [PIECE, D]; writes the rows ``o_q``."""
     b_max = tl.full([b_q.shape[0]], float("-inf"), tl.float32)
@@ -150,7 +150,7 @@ def attend_resident(
     start = 0
     for i in tl.static_range(len(PIECES)):
         o_k = start + tl.arange(0, PIECES[i])
-        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, i + 1 < len(PIECES))
+        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_HEADS, i + 1 < len(PIECES))
         b_max, b_sum, b_out = attend(
             b_q, b_ks[i], b_vs[i], b_bias, b_max, b_sum, b_out, scale,
             p_bias is not None or i + 1 == len(PIECES), PRECISION,
@@ -166,13 +166,14 @@ def forward_resident(
     programs, tiles, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr, MERGE_QUERIES: tl.constexpr,
+    GATE_HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr, MERGE_QUERIES: tl.constexpr,
     PIECES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of short sequences: all keys and values of a head stay on the chip.
 
     p_q (B, H, tokens of q, WIDTH), p_k, p_v (B, H, tokens, WIDTH), a token every Q_STRIDE and so on
-    p_merge (keys, stride_merge) or None; p_gate, p_bias (keys,) or, PER_HEAD, (B * H, keys), or None
+    p_merge (keys, stride_merge) or None
+    p_gate (B * H / GATE_HEADS, keys) or, where that is 0, (keys,), or None; p_bias likewise
     p_out (B, queries, H, WIDTH); p_lse (B, H, queries) float32
 
     PIECES are the blocks of keys, in order; only the last reaches past the last key.
@@ -216,7 +217,7 @@ def forward_resident(
             b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, i + 1 < len(PIECES))
         if p_gate is not None:
             # Gating the values once costs less than gating the attention matrix in every block of queries.
-            b_v *= load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, i + 1 < len(PIECES))[:, None]
+            b_v *= load_gate(p_gate, i_head, o_k, keys, GATE_HEADS, i + 1 < len(PIECES))[:, None]
         b_ks += (b_k.to(p_k.dtype.element_ty),)
         b_vs += (b_v.to(p_v.dtype.element_ty),)
         start += PIECES[i]
@@ -224,7 +225,7 @@ def forward_resident(
     if TOGETHER:
         attend_resident(
             b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, tl.arange(0, ROWS), queries, keys, scale,
-            HEADS * WIDTH, WIDTH, COLUMNS, BIAS_PER_HEAD, PIECES, PRECISION,
+            HEADS * WIDTH, WIDTH, COLUMNS, BIAS_HEADS, PIECES, PRECISION,
         )  # fmt: skip
     else:
         first = (i_program % programs) * tiles
@@ -236,7 +237,7 @@ def forward_resident(
             )  # fmt: skip
             attend_resident(
                 b_q, b_ks, b_vs, p_bias, p_out, p_lse, i_head, o_q, queries, keys, scale,
-                HEADS * WIDTH, WIDTH, COLUMNS, BIAS_PER_HEAD, PIECES, PRECISION,
+                HEADS * WIDTH, WIDTH, COLUMNS, BIAS_HEADS, PIECES, PRECISION,
             )  # fmt: skip
 
 
@@ -246,13 +247,13 @@ def forward_streaming(
     queries, keys, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, programs, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-    GATE_PER_HEAD: tl.constexpr, BIAS_PER_HEAD: tl.constexpr,
+    GATE_HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of long sequences: keys and values pass by in blocks of STEP.
 
     p_q (B, H, queries, WIDTH), p_k, p_v (B, H, keys, WIDTH), a token every Q_STRIDE and so on
-    p_gate, p_bias (keys,) or, PER_HEAD, (B * H, keys), or None
+    p_gate, p_bias: as in forward_resident
     p_out (B, queries, H, WIDTH); p_lse (B, H, queries) float32
     """
     # This program computes one block of ROWS queries of one head; `programs` of them make up the head.
@@ -277,7 +278,7 @@ def forward_streaming(
         b_k = load_rows(p_k, o_k, keys, K_STRIDE, WIDTH, COLUMNS, False)
         b_v = load_rows(p_v, o_k, keys, V_STRIDE, WIDTH, COLUMNS, False)
         if p_gate is not None:
-            b_v = (b_v * load_gate(p_gate, i_head, o_k, keys, GATE_PER_HEAD, False)[:, None]).to(b_v.dtype)
-        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_PER_HEAD, False)
+            b_v = (b_v * load_gate(p_gate, i_head, o_k, keys, GATE_HEADS, False)[:, None]).to(b_v.dtype)
+        b_bias = load_bias(p_bias, i_head, o_k, keys, BIAS_HEADS, False)
         b_max, b_sum, b_out = attend(b_q, b_k, b_v, b_bias, b_max, b_sum, b_out, scale, True, PRECISION)
     store_attended(p_out, p_lse, b_max, b_sum, b_out, o_q, queries, HEADS * WIDTH, WIDTH, COLUMNS)

@@ -4,6 +4,7 @@ A plan is made from shapes, strides and dtypes alone, so that it can be made, an
 that is not there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from . import attention_backward_kernels as backward_kernels
 from . import attention_kernels as kernels
 from .attention import Attention
 from .mixing_plan import addressable, matrix_gradient_launch, mix_launch
-from .runtime import CHUNK, Device, Launch, padded, precision
+from .runtime import CHUNK, Device, Launch, Plan, precision
 
 RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a head width of 64
 
@@ -57,16 +58,6 @@ _MERGED_BACKWARD = {
     90: (Tiles((64,), 64, 8, 1, True), Tiles((128,), 64, 8, 1, True)),
     100: (Tiles((64,), 64, 8, 1), Tiles((128,), 16, 8, 1, True)),
 }
-
-
-class Backward(NamedTuple):
-    """What the backward launches, in order, and the buffers that it fills; None where no gradient is asked for."""
-
-    launches: list[Launch]
-    dqkv: Tensor  # (B, tokens, 3, H, d)
-    partial_dmerges: list[Tensor]  # each (parts, C, N) float32
-    dgate: Tensor | None  # (B, H, keys) float32
-    dbias: Tensor | None  # (B, H, keys) float32
 
 
 def pieces(count: int) -> tuple[int, ...]:
@@ -135,16 +126,17 @@ def streaming_backward_tiles(device: Device, size: int, columns: int) -> tuple[i
     return 64, 64 if size * columns <= 128 else 32, 64
 
 
-def plan_forward(device: Device, call: Attention, out: Tensor, lse: Tensor) -> list[Launch]:
-    """What the forward launches, in order, to fill ``out`` and ``lse``; the merge matrix may be padded."""
+def plan_forward(device: Device, call: Attention) -> Plan:
+    """What the forward launches to fill the output and lse; the merge matrix has been padded."""
+    out, lse = results = call.results()
     q, k, v = map(_addressable, call.heads())
     merge, merge_queries = call.merge, call.merge_queries
     batch, heads, width, _, tokens, queries, keys = call.sizes()
     columns, size = _columns(width), _element_size(device, q)
-    launches = []
+    launches, scratch = [], []
     tiles = forward_tiles(device, size, columns, keys, merge is not None)
     if merge is not None and tiles is None:
-        launches, (q, k, v) = _merged(device, q, k, v, merge, merge_queries)
+        launches, (q, k, v), scratch = _merged(device, q, k, v, merge, merge_queries)
         merge, tiles = None, forward_tiles(device, size, columns, keys, False)
     arguments = _arguments(call, q, k, v) | {"p_out": out, "p_lse": lse}
     if tiles is None:
@@ -152,7 +144,7 @@ def plan_forward(device: Device, call: Attention, out: Tensor, lse: Tensor) -> l
         programs = -(-queries // rows)
         arguments |= {"programs": programs, "ROWS": rows, "STEP": step}
         launch = Launch(kernels.forward_streaming, batch * heads * programs, arguments, warps=rows // 16, stages=2)
-        return [*launches, launch]
+        return Plan([*launches, launch], results, scratch)
     blocks = -(-queries // tiles.step)
     # A head's keys and values are loaded once for all its queries where there are heads enough to fill the device.
     per_program = max(1, blocks) if batch * heads >= 2 * device.multiprocessors else 1
@@ -166,31 +158,34 @@ def plan_forward(device: Device, call: Attention, out: Tensor, lse: Tensor) -> l
         "STAGES": tiles.stages,
     }
     launch = Launch(kernels.forward_resident, batch * heads * programs, arguments, warps=tiles.warps, stages=1)
-    return [*launches, launch]
+    return Plan([*launches, launch], results, scratch)
 
 
 def plan_backward(
     device: Device, call: Attention, dout: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool]
-) -> Backward:
-    """``wanted``: whether the gradients of merge, gate and key_bias are asked for."""
+) -> Plan:
+    """What the backward launches; ``wanted``: whether the gradients of merge, gate and key_bias are asked for.
+
+    Its results are the gradients of q, k, v, packed (B, tokens, 3, H, d); of gate and key_bias (B, H, keys) in float32,
+    or None; and of merge, which has been padded, any number of tensors (parts, C, N) of float32 to be summed.
+    """
     q, k, v = map(_addressable, call.heads())
     dout = _addressable(dout)
     merge, merge_queries = call.merge, call.merge_queries
     batch, heads, width, rows, tokens, queries, keys = call.sizes()
     columns, size = _columns(width), _element_size(device, q)
     dgate, dbias = (lse.new_empty(batch, heads, keys) if want else None for want in wanted[1:])
-    # Where a tensor has fewer tokens than another, its gradient's last rows are nobody's, and are left 0.
-    allocate = q.new_empty if rows == tokens else q.new_zeros
-    dqkv = allocate(batch, max(rows, tokens), 3, heads, width)
+    dqkv = q.new_empty(batch, max(rows, tokens), 3, heads, width)
     plain = call.gate is None and call.key_bias is None
     fused = merge is not None and merge_queries
     tiles = backward_tiles(device, size, columns, queries, fused, plain)
-    launches, inputs, merged_gradient = [], (q, k, v), dqkv
+    launches, inputs, merged_gradient, scratch = [], (q, k, v), dqkv, []
     if merge is not None:
-        merged_gradient = q.new_empty(batch, keys, 3, heads, width)
         if tiles is None or not fused:
-            launches, inputs = _merged(device, q, k, v, merge, merge_queries)
+            launches, inputs, scratch = _merged(device, q, k, v, merge, merge_queries)
             fused, tiles = False, backward_tiles(device, size, columns, queries, False, plain)
+        merged_gradient = q.new_empty(batch, keys, 3, heads, width)
+        scratch.append(merged_gradient)
     dq = (merged_gradient if merge is not None and merge_queries else dqkv)[:, :, 0]
     dk, dv = merged_gradient[:, :, 1], merged_gradient[:, :, 2]
     shared = _arguments(call, *inputs) | {
@@ -213,24 +208,26 @@ def plan_backward(
         }
         launches.append(Launch(backward_kernels.backward_resident, batch * heads, arguments, tiles.warps, tiles.stages))
     else:
-        launches += _streaming_backward(device, call, shared, of_queries, of_keys)
+        delta = torch.empty_like(lse)
+        scratch.append(delta)
+        launches += _streaming_backward(device, call, shared | {"p_delta": delta}, of_queries, of_keys)
     partials = []
     if merge is not None:
         launches.append(_unmerge(device, call, merged_gradient, dqkv))
         for index in range(0 if merge_queries else 1, 3) if wanted[0] else ():
             gradient = merged_gradient[:, :, index].flatten(2)
             x = _flat_heads((q, k, v)[index])
-            launch, partial = matrix_gradient_launch(device, gradient, None, x, None, merge.shape)
+            launch, partial = matrix_gradient_launch(device, gradient, None, x, None, (keys, tokens))
             launches.append(launch)
             partials.append(partial)
-    return Backward(launches, dqkv, partials, dgate, dbias)
+    return Plan(launches, (dqkv, dgate, dbias, *partials), scratch)
 
 
 def _streaming_backward(device: Device, call: Attention, shared: dict, of_queries: dict, of_keys: dict) -> list[Launch]:
     """Two passes, with the arguments of both, of the queries' and of the keys'."""
     batch, heads, width, _, _, queries, keys = call.sizes()
     rows, step, block = streaming_backward_tiles(device, _element_size(device, call.q), _columns(width))
-    shared |= {"p_delta": torch.empty_like(shared["p_lse"]), "STEP": step}
+    shared |= {"STEP": step}
     passes = (
         (backward_kernels.backward_queries, of_queries, "ROWS", rows, queries),
         (backward_kernels.backward_keys, of_keys, "KEYS", block, keys),
@@ -248,18 +245,18 @@ def _unmerge(device: Device, call: Attention, merged: Tensor, dqkv: Tensor) -> L
     batch, heads, width, _, tokens, _, _ = call.sizes()
     first = 0 if call.merge_queries else 1
     target = dqkv[:, :tokens, first:].view(batch, tokens, (3 - first) * heads * width)
-    return mix_launch(device, padded(call.merge), merged[:, :, first:].flatten(2), None, target, transposed=True)
+    return mix_launch(device, call.merge, merged[:, :, first:].flatten(2), None, target, transposed=True)
 
 
 def _arguments(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """What all kernels take; q, k, v may be merged already."""
     batch, heads, width, _, _, queries, keys = call.sizes()
-    gate, gate_per_head = _per_key(call.gate, batch, heads, keys)
-    key_bias, bias_per_head = _per_key(call.key_bias, batch, heads, keys)
+    gate, gate_heads = _per_key(call.gate, batch, heads, keys)
+    key_bias, bias_heads = _per_key(call.key_bias, batch, heads, keys)
     arguments = {
         "p_gate": gate, "p_bias": key_bias, "queries": queries, "keys": keys,
         "scale": width**-0.5 if call.scale is None else call.scale, "HEADS": heads, "WIDTH": width,
-        "COLUMNS": _columns(width), "GATE_PER_HEAD": gate_per_head, "BIAS_PER_HEAD": bias_per_head,
+        "COLUMNS": _columns(width), "GATE_HEADS": gate_heads, "BIAS_HEADS": bias_heads,
         "PRECISION": precision(q),
     }  # fmt: skip
     for name, x in zip("qkv", (q, k, v), strict=True):
@@ -273,25 +270,23 @@ def _arguments(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, An
 
 
 def _merge_arguments(merge: Tensor | None, tokens: int) -> dict[str, Any]:
-    matrix = None if merge is None else padded(merge)
-    stride = 0 if matrix is None else matrix.stride(0)
-    return {"p_merge": matrix, "tokens": tokens, "stride_merge": stride, "CHUNK": CHUNK}
+    stride = 0 if merge is None else merge.stride(0)
+    return {"p_merge": merge, "tokens": tokens, "stride_merge": stride, "CHUNK": CHUNK}
 
 
 def _merged(
     device: Device, q: Tensor, k: Tensor, v: Tensor, merge: Tensor, merge_queries: bool
-) -> tuple[list[Launch], list[Tensor]]:
-    """Launches that merge q, k, v in memory, and the merged ones: for sequences too long to merge on the chip."""
+) -> tuple[list[Launch], list[Tensor], list[Tensor]]:
+    """Launches that merge q, k, v in memory, as sequences too long for the chip are; the merged ones; their memory."""
     batch, heads, _, width = q.shape
-    matrix = padded(merge)
     buffer = q.new_empty(batch, len(merge), 3, heads, width)
     launches, merged = [], [q, k, v]
     for index in range(0 if merge_queries else 1, 3):
         target = buffer[:, :, index]
         rows = target.view(batch, len(merge), heads * width)
-        launches.append(mix_launch(device, matrix, _flat_heads(merged[index]), None, rows))
+        launches.append(mix_launch(device, merge, _flat_heads(merged[index]), None, rows))
         merged[index] = target.transpose(1, 2)
-    return launches, merged
+    return launches, merged, [buffer]
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -309,19 +304,16 @@ def _flat_heads(x: Tensor) -> Tensor:
     return addressable(x.transpose(1, 2).flatten(2))
 
 
-def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[Tensor | None, bool]:
-    """Gate or bias as (keys,), or as (B, H, keys) and True where it differs between images or heads."""
+def _per_key(values: Tensor | None, batch: int, heads: int, keys: int) -> tuple[Tensor | None, int]:
+    """Gate or bias as rows of keys, one after another, and how many heads share a row: all images' where 0."""
     if values is None:
-        return None, False
+        return None, 0
     if values.dtype == torch.float64:
         values = values.float()
-    if values.shape == (keys,) and values.is_contiguous():
-        return values, False
-    if values.numel() == values.shape[-1]:
-        return values.reshape(-1).expand(keys).contiguous(), False
-    if values.shape != (batch, heads, keys):
-        values = values.expand(batch, heads, keys)
-    return values if values.is_contiguous() else values.contiguous(), True
+    if math.prod(values.shape[:-1]) == 1:
+        return values.expand(*values.shape[:-1], keys).contiguous(), 0
+    shared = values.dim() == 3 and values.shape[:2] == (batch, 1)
+    return values.expand(batch, 1 if shared else heads, keys).contiguous(), heads if shared else 1
 
 
 def _columns(width: int) -> int:

@@ -203,15 +203,14 @@ def _matched(call: Match, op: str) -> Matching:
 
 
 def _run(call: Match, known: Known) -> Results:
-    results, scratch, norm = call.results(), call.scratch(known.device), call.norm or (None, None)
-    tensors = (call.x, call.update, *norm[:2], call.sizes, *results, *scratch)
+    tensors = (call.x, call.sizes, call.update, *(call.norm or ())[:2])
     with runtime.on_device(call.x):
-        if not known.repeat(tensors):
+        results = known.repeat(tensors)
+        if results is None:
             from .matching_plan import plan
 
-            names = ("x", "update", "weight", "bias", "sizes", *Results._fields, "features", "numbers", "indices")
-            known.run([plan(known.device, call, results, scratch)], [f"p_{name}" for name in names], tensors)
-    return results
+            results = known.run(plan(known.device, call), tensors)
+    return Results(*results)
 
 
 def _forward(*operands: Tensor | float | int | None) -> tuple[Tensor, ...]:

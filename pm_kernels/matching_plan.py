@@ -8,12 +8,10 @@ the L2 cache: once by the sources, and once by the targets for each block of SOU
 The ranks are N^2 comparisons, of which 8 warps make 256 at once.
 """
 
-from torch import Tensor
-
 from . import matching_kernels as kernels
-from .matching import Match, Results
+from .matching import Match
 from .mixing_plan import addressable, strides, whole_rows
-from .runtime import Device, Launch
+from .runtime import Device, Launch, Plan
 
 # Sources, targets, columns of features at a time, warps and stages, by the size of a feature: what spills no register.
 _TILES = {
@@ -23,8 +21,9 @@ _TILES = {
 }
 
 
-def plan(device: Device, call: Match, results: Results, scratch: tuple[Tensor, Tensor, Tensor]) -> Launch:
+def plan(device: Device, call: Match) -> Plan:
     """What matching launches to fill its results, with memory for what passes between its rounds."""
+    results, scratch = call.results(), call.scratch(device)
     x, update = addressable(call.x), addressable(call.update)
     batch, tokens, width = x.shape
     weight, bias, eps = call.norm or (None, None, 0.0)
@@ -40,4 +39,4 @@ def plan(device: Device, call: Match, results: Results, scratch: tuple[Tensor, T
         "PRECISION": "tf32x3" if x.element_size() == 4 else "tf32", "ROOTS": call.root_sizes,
         **whole_rows(width, 4096 if x.element_size() == 2 else 2048, x, update),
     }  # fmt: skip
-    return Launch(kernels.match, len(features), arguments, warps, stages)
+    return Plan([Launch(kernels.match, len(features), arguments, warps, stages)], results, scratch)

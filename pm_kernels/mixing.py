@@ -1,5 +1,6 @@
 """Static mixes of tokens, alone and with the LayerNorm that follows: contract, checks, autograd, registration."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -261,35 +262,32 @@ def transition(
 def _mixed(call: Mix, known: Known, how: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if call.update is not None and not call.is_sparse():
         call = call._replace(x=call.x + call.update, update=None)  # the matrix unit takes its operands from memory
+    operands = call.operands()
     if how == "launch":
-        y, rest, normed = _run(call, known)
+        y, rest, normed = _run(known, operands)
     elif how == "record":
-        y, rest, normed = _Recorded.apply(known, *call.operands())
+        y, rest, normed = _Recorded.apply(known, *operands)
     else:
-        y, rest, normed = mix(*call.operands())
-    rows, split, _ = call.counts()
-    if normed is None and call.norm is not None:
-        normed = y[:, :0]
-    return y, None if split == rows else rest, None if call.norm is None else normed
+        y, rest, normed = mix(*operands)
+        rest = rest if rest.shape[1] else None
+    if call.norm is None:
+        return y, rest, None
+    return y, rest, y[:, :0] if normed is None else normed
 
 
-def _run(call: Mix, known: Known) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _run(known: Known, operands: Sequence[Tensor | float | int | None]) -> Sequence[Tensor | None]:
     """The first rows, the others and the LayerNorm; None where there are none."""
-    if not call.counts()[2]:
-        call = call._replace(norm=None)
-    if call.is_sparse():
-        names, matrix = ("p_starts", "p_columns", "p_values"), call.matrix[:3]
-    else:
-        call = call._replace(matrix=runtime.padded(call.matrix))
-        names, matrix = ("p_matrix",), (call.matrix,)
-    results, norm = call.results(), call.norm or (None, None)
-    tensors = (*call[:3], *matrix, *norm[:2], *results)
-    with runtime.on_device(call.x):
-        if not known.repeat(tensors):
+    *tensors, eps, split, normed = operands
+    if tensors[4] is None:
+        tensors[3] = runtime.padded(tensors[3])
+    if normed == 0:
+        tensors[9:] = None, None
+    with runtime.on_device(tensors[0]):
+        results = known.repeat(tensors)
+        if results is None:
             from .mixing_plan import plan_forward
 
-            names = ("p_x", "p_update", "p_carried", *names, "p_weight", "p_bias", "p_y", "p_rest", "p_normed")
-            known.run([plan_forward(known.device, call, *results)], names, tensors)
+            results = known.run(plan_forward(known.device, Mix.of(*tensors, eps, split, normed)), tensors)
     return results
 
 
@@ -301,7 +299,7 @@ def _filled(call: Mix, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]
 
 def _forward(*operands: Tensor | float | int | None) -> tuple[Tensor, ...]:
     call, known, _ = runtime.settle(Mix.of(*operands))
-    return _filled(call, _run(call, known))
+    return _filled(call, _run(known, operands))
 
 
 def _forward_fake(*operands: Tensor | float | int | None) -> tuple[Tensor, ...]:
@@ -333,23 +331,27 @@ def _backward(
         drest = None
     elif drest is None:
         drest = given.new_zeros(given.shape[0], rows - split, given.shape[2])
-    from .mixing_plan import plan_backward
-
+    known = runtime.settle_backward(dy, drest, dnormed, y, first, tokens, *operands, *wanted)
+    values = operands[3]
+    if not call.is_sparse():
+        call = call._replace(matrix=runtime.padded(values))
+    tensors = (dy, drest, dnormed, y, *call.operands()[:11])
     with runtime.on_device(given):
-        device = runtime.kernel_device(given)
-        plan = plan_backward(device, call, (dy, drest, dnormed), y, first, tokens, wanted)
-        for launch in plan.launches:
-            launch.run()
-    values = call.matrix.values if call.is_sparse() else call.matrix
+        results = known.repeat(tensors)
+        if results is None:
+            from .mixing_plan import plan_backward
+
+            plan = plan_backward(known.device, call, (dy, drest, dnormed), y, first, tokens, wanted)
+            results = known.run(plan, tensors)
+    dx, dcarried, dmatrix, partial_daffine = results
     daffine = (None, None)
-    if plan.partial_daffine is not None:
+    if partial_daffine is not None:
         weight = call.norm[0]
-        daffine = (part.to(weight.dtype, copy=True) for part in plan.partial_daffine.sum(0))
-    dmatrix = plan.partial_dmatrix
+        daffine = (part.to(weight.dtype, copy=True) for part in partial_daffine.sum(0))
     if dmatrix is not None:
         by_image = call.is_sparse() and values.dim() == 2
         dmatrix = (dmatrix if by_image else dmatrix.sum(0)).to(values.dtype)
-    return tuple(given.new_empty(0) if part is None else part for part in (plan.dx, plan.dcarried, dmatrix, *daffine))
+    return tuple(given.new_empty(0) if part is None else part for part in (dx, dcarried, dmatrix, *daffine))
 
 
 def _backward_fake(
@@ -385,7 +387,7 @@ class _Recorded(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 y, rest, normed = mix(*operands)
         else:
-            y, rest, normed = _run(Mix.of(*operands), known)
+            y, rest, normed = _run(known, operands)
         x, update, carried, values, *structure, weight, _, ctx.eps, ctx.split, ctx.normed = operands
         ctx.first, ctx.tokens = x.shape[1], x.shape[1] + (0 if carried is None else carried.shape[1])
         sparse = structure[0] is not None

@@ -5,7 +5,7 @@ that is not there.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,7 @@ from . import mixing_kernels as kernels
 from . import row_kernels
 from .mixing import Mix
 from .reference import ByColumn, SparseRows
-from .runtime import CHUNK, Device, Launch, padded, precision
-
-
-class Backward(NamedTuple):
-    """What the backward launches, in order, and the buffers that it fills; None where no gradient is asked for."""
-
-    launches: list[Launch]
-    dx: Tensor | None  # (B, first, D)
-    dcarried: Tensor | None
-    partial_dmatrix: Tensor | None  # (parts, entries) or (parts, rows, tokens) float32; parts are images where sparse
-    partial_daffine: Tensor | None  # (parts, 2, D) float32
+from .runtime import CHUNK, Device, Launch, Plan, precision
 
 
 def column_pieces(width: int) -> tuple[int, ...]:
@@ -53,13 +43,13 @@ def mix_tiles(device: Device, x: Tensor, normed: bool) -> tuple[int, int, int, i
     return 128, 64, 4, 3
 
 
-def plan_forward(
-    device: Device, call: Mix, y: Tensor, rest: Tensor | None = None, normed: Tensor | None = None
-) -> Launch:
-    """What the forward launches to fill its results. A dense matrix has zeros after its last column, see padded."""
+def plan_forward(device: Device, call: Mix) -> Plan:
+    """What the forward launches to fill its results. A dense matrix has been padded."""
+    y, rest, normed = results = call.results()
     x, update, carried = map(addressable, call[:3])
     if not call.is_sparse():
-        return mix_launch(device, call.matrix, x, carried, y, rest, norm=(*call.norm, normed) if call.norm else None)
+        norm = (*call.norm, normed) if call.norm else None
+        return Plan([mix_launch(device, call.matrix, x, carried, y, rest, norm=norm)], results)
     weight, bias, eps = call.norm or (None, None, 0.0)
     rows, split, count = call.counts()
     width = x.shape[2]
@@ -69,7 +59,8 @@ def plan_forward(
         "p_weight": weight, "p_bias": bias, "p_y": y, "p_rest": rest, "p_normed": normed, "rows": rows,
         "split": split, "normed": count, "row_programs": row_programs, "eps": eps, **shape,
     }  # fmt: skip
-    return Launch(row_kernels.gather_forward, x.shape[0] * row_programs, arguments, _warps(width), stages=1)
+    launch = Launch(row_kernels.gather_forward, x.shape[0] * row_programs, arguments, _warps(width), stages=1)
+    return Plan([launch], results)
 
 
 def plan_backward(
@@ -80,8 +71,12 @@ def plan_backward(
     first: int,
     tokens: int,
     wanted: Sequence[bool],
-) -> Backward:
+) -> Plan:
     """The gradients of what was mixed, of the matrix, and of weight and bias, as ``wanted`` asks.
+
+    Its results are those of x (B, first, D) and carried; of the matrix, (B, entries) by image where it is sparse, or in
+    parts (parts, rows, tokens); and in parts of weight and bias (parts, 2, D), parts in float32; None where there is
+    none, or it is not asked for. A dense matrix has been padded.
 
     ``gradients`` of the results, dy (B, split, D), drest (B, rows - split, D), dnormed (B, normed, D), where normed is
     split or drest is None; of ``tokens`` that were mixed, ``first`` stood in x. What was mixed is read where the
@@ -90,11 +85,12 @@ def plan_backward(
     dy, drest, dnormed = map(addressable, gradients)
     x, update, carried = map(addressable, call[:3])
     batch, _, width = dy.shape
-    launches, partial_daffine = [], None
+    launches, scratch, partial_daffine = [], [], None
     if dnormed is not None:
         mixed = (x, update, carried) if call.is_sparse() else (y, None, None)
         launch, dmixed, partial_daffine = _norm_backward(device, call, dnormed, dy, mixed, first, wanted[2])
         launches.append(launch)
+        scratch.append(dmixed)
         if dnormed.shape[1] < dy.shape[1]:
             drest = dy[:, dnormed.shape[1] :]
         dy = dmixed
@@ -108,13 +104,13 @@ def plan_backward(
         if wanted[0] or wanted[1]:
             state = (None, None, None) if partial is None else (x, update, carried)
             launches.append(_gather_backward(dy, drest, state, call.matrix, first, tokens, dx, dcarried, partial))
-        return Backward(launches, dx, dcarried, partial, partial_daffine)
+        return Plan(launches, (dx, dcarried, partial, partial_daffine), scratch)
     if wanted[0]:
-        launches.append(mix_launch(device, padded(call.matrix), dy, drest, dx, dcarried, transposed=True))
+        launches.append(mix_launch(device, call.matrix, dy, drest, dx, dcarried, transposed=True))
     if wanted[1]:
-        launch, partial = matrix_gradient_launch(device, dy, drest, x, carried, call.matrix.shape)
+        launch, partial = matrix_gradient_launch(device, dy, drest, x, carried, (call.counts()[0], tokens))
         launches.append(launch)
-    return Backward(launches, dx, dcarried, partial, partial_daffine)
+    return Plan(launches, (dx, dcarried, partial, partial_daffine), scratch)
 
 
 def _norm_backward(

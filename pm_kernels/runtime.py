@@ -169,23 +169,16 @@ class Known:
         self.device = device
         self._prepared: Prepared | None = None
 
-    def repeat(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Launch again on the inputs and results of another call of the kind. False: it has to be planned."""
-        if self._prepared is None:
-            return False
-        self._prepared.run(tensors)
-        return True
+    def repeat(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
+        """The results for the tensors of another call of the kind. None: it has to be planned."""
+        return None if self._prepared is None else self._prepared.run(tensors)
 
-    def run(self, launches: "Sequence[Launch]", names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-        """Run what was planned for the tensors, arguments of the kernel by ``names``; keep it where it can be repeated.
-
-        That is a single launch on the tensors themselves, not on copies, and not in the interpreter.
-        """
-        compiled = [launch.run() for launch in launches]
-        launch, *others = launches
-        taken = all(launch.arguments.get(name) is x for name, x in zip(names, tensors, strict=True))
-        if taken and not others and compiled[0] is not None and not self.device.interpreter:
-            self._prepared = Prepared(launch, compiled[0], names)
+    def run(self, plan: "Plan", tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Run what was planned for the tensors, and keep it where it can be repeated."""
+        compiled = [launch.run() for launch in plan.launches]
+        if not self.device.interpreter and all(kernel is not None for kernel in compiled):
+            self._prepared = Prepared.of(plan, compiled, tensors)
+        return plan.results
 
 
 KNOWN: dict[tuple, Known] = {}
@@ -210,39 +203,54 @@ def settle(call: Call, op: str | None = None) -> tuple[Call, Known, str]:
             call = call.cast(torch.get_autocast_dtype(kind))
             x = call[0]
         device = target(x) if op is not None else kernel_device(x)
-    recorded = False
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        key = [op, device, _backend, torch.get_float32_matmul_precision()]
-        try:
-            values = list(call)
-            for value in values:
-                if type(value) in _PLAIN:
-                    offset = 0 if device is None else value.data_ptr() % 16
-                    key.append((value.shape, value.stride(), value.dtype, value.device, offset))
-                    recorded = recorded or value.requires_grad
-                elif isinstance(value, tuple):
-                    key.append(type(value))
-                    values += value
-                elif isinstance(value, Tensor):
-                    raise TypeError  # a kind of tensor that may do anything
-                else:
-                    key.append(value)
-            key = tuple(key)
-            known = KNOWN.get(key)
-        except (RuntimeError, TypeError):  # a tensor without memory, symbolic sizes, or what is no argument at all
-            key = known = None
+        key, known, recorded = _find(call, op, device)
         if key is not None and not is_in_torch_dispatch_mode():
             how = "record" if recorded and torch.is_grad_enabled() else "launch"
         if known is not None:
             return call, known, how
     if op is not None:
         call.check(op)
-    known = Known(_chosen(call, op, device))
+    return call, _new(key, _chosen(call, op, device)), how
+
+
+def settle_backward(*arguments: Any) -> Known:
+    """What is known of backwards of the kind of these arguments, the first a tensor: their forward ran on kernels."""
+    device = kernel_device(arguments[0])
+    key, known, _ = _find(arguments, "backward", device)
+    return known or _new(key, device)
+
+
+def _find(arguments: Sequence[Any], op: str | None, device: Device | None) -> tuple[tuple | None, Known | None, bool]:
+    """The key of calls of this kind, if there can be one; what is known of them; whether they ask for a gradient."""
+    key, recorded = [op, device, _backend, torch.get_float32_matmul_precision()], False
+    try:
+        values = list(arguments)
+        for value in values:
+            if type(value) in _PLAIN:
+                offset = 0 if device is None else value.data_ptr() % 16
+                key.append((value.shape, value.stride(), value.dtype, value.device, offset))
+                recorded = recorded or value.requires_grad
+            elif isinstance(value, tuple):
+                key.append(type(value))
+                values += value
+            elif isinstance(value, Tensor):
+                return None, None, False  # a kind of tensor that may do anything
+            else:
+                key.append(value)
+        key = tuple(key)
+        return key, KNOWN.get(key), recorded
+    except (RuntimeError, TypeError):  # a tensor without memory, symbolic sizes, or what is no argument at all
+        return None, None, False
+
+
+def _new(key: tuple | None, device: Device | None) -> Known:
+    known = Known(device)
     if key is not None:
         if len(KNOWN) >= 4096:
             KNOWN.clear()
         KNOWN[key] = known
-    return call, known, how
+    return known
 
 
 def _chosen(call: Call, op: str | None, device: Device | None) -> Device | None:
@@ -317,28 +325,82 @@ class Launch(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-class Prepared:
-    """A launch that ran, ready to run again on other tensors of the same dtypes, shapes, strides and alignments.
-
-    It calls what Triton compiled for the first run: finding that anew costs ten times as much as the launch.
+class Plan(NamedTuple):
+    """What a call launches, in order, and the memory that it fills, which every call has anew.
 
     Args:
-        launch: the launch.
-        compiled: what its :meth:`Launch.run` returned.
-        names: the arguments that :meth:`run` is given, in that order; every tensor of the launch is one of them.
+        launches: the launches.
+        results: what they fill, None where there is nothing.
+        scratch: what passes between them.
     """
 
-    def __init__(self, launch: Launch, compiled: Any, names: Sequence[str]) -> None:
-        self._runner = compiled[(launch.programs, 1, 1)]
-        parameters = [parameter.name for parameter in launch.kernel.params]
-        self._arguments = [None if name in names else launch.arguments[name] for name in parameters]
-        self._slots = [(parameters.index(name), index) for index, name in enumerate(names) if name in parameters]
+    launches: list[Launch]
+    results: Sequence[Tensor | None]
+    scratch: Sequence[Tensor] = ()
 
-    def run(self, tensors: Sequence[Tensor | None]) -> None:
-        arguments = self._arguments.copy()
-        for position, index in self._slots:
-            arguments[position] = tensors[index]
-        self._runner(*arguments)
+
+class Prepared:
+    """A plan that ran, ready to run again on other tensors of the same dtypes, shapes, strides and alignments.
+
+    It calls what Triton compiled for the first run: finding that anew costs ten times as much as the launch.
+    """
+
+    def __init__(self, memory: list[Callable[[], Tensor] | None], results: int, steps: list[tuple]) -> None:
+        self._memory, self._results, self._steps = memory, results, steps
+
+    @classmethod
+    def of(cls, plan: Plan, compiled: Sequence[Any], tensors: Sequence[Tensor | None]) -> "Prepared | None":
+        """None where a launch takes anything but views of these tensors and of the plan's own memory."""
+        memory = [*plan.results, *plan.scratch]
+        steps = []
+        for launch, kernel in zip(plan.launches, compiled, strict=True):
+            arguments = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
+            slots = []
+            for position, argument in enumerate(arguments):
+                if isinstance(argument, Tensor):
+                    source = _source(argument, [*tensors, *memory])
+                    if source is None:
+                        return None
+                    slots.append((position, *source))
+                    arguments[position] = None
+            steps.append((kernel[(launch.programs, 1, 1)], arguments, slots))
+        return cls([None if x is None else _like(x) for x in memory], len(plan.results), steps)
+
+    def run(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Run on these tensors; returns the results."""
+        memory = [None if empty is None else empty() for empty in self._memory]
+        sources = [*tensors, *memory]
+        for runner, constants, slots in self._steps:
+            arguments = constants.copy()
+            for position, index, view in slots:
+                x = sources[index]
+                if view is not None:
+                    shape, strides, offset = view
+                    x = x.as_strided(shape, strides, x.storage_offset() + offset)
+                arguments[position] = x
+            runner(*arguments)
+        return memory[: self._results]
+
+
+def _like(x: Tensor) -> Callable[[], Tensor]:
+    return functools.partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _source(x: Tensor, sources: Sequence[Tensor | None]) -> tuple[int, tuple | None] | None:
+    """Which of the tensors x is, or is a view of: its index, and shape, strides and offset where it begins elsewhere.
+
+    None where there is none, or where there may be others: what is one tensor today, or parts of one, may be several
+    tomorrow.
+    """
+    same = [index for index, source in enumerate(sources) if source is x]
+    if not same:
+        place = x.untyped_storage().data_ptr()
+        same = [i for i, y in enumerate(sources) if y is not None and y.untyped_storage().data_ptr() == place]
+    if len(same) != 1:
+        return None
+    offset = x.storage_offset() - sources[same[0]].storage_offset()
+    # Where a tensor begins is all that a kernel takes of it.
+    return same[0], (x.shape, x.stride(), offset) if offset else None
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:

@@ -255,20 +255,32 @@ from pm_kernels.runtime import KNOWN, Prepared
 
 runs, run = [], Prepared.run
 Prepared.run = lambda self, tensors: runs.append(tensors) or run(self, tensors)
+
+def launched():
+    return {x.data_ptr() for x in device.launched[-1] if isinstance(x, torch.Tensor)}
+
+kept = []  # so that no memory is used twice
 with stand_in() as device:
     for recorded in (False, True):
         for _ in range(2):
             qkv = torch.empty(2, 9, 3, 2, 16, dtype=torch.float16, requires_grad=recorded)
+            sizes = torch.empty(2, 1, 9)
             with torch.set_grad_enabled(recorded):
-                out = fused_merge_attention_qkv(qkv)
+                out = fused_merge_attention_qkv(qkv, key_bias=sizes)
             assert out.requires_grad == recorded
-            addresses = {x.data_ptr() for x in device.launched[-1] if isinstance(x, torch.Tensor)}
-            assert {out.data_ptr(), *(part.data_ptr() for part in qkv.unbind(2))} <= addresses
-assert len(runs) == 3 and len(KNOWN) == 1, (len(runs), len(KNOWN))
+            parts = [part.data_ptr() for part in (sizes, *qkv.unbind(2))]
+            assert {out.data_ptr(), *parts} <= launched()
+            if recorded:
+                dout = torch.empty_like(out)
+                (dqkv,) = torch.autograd.grad(out, qkv, dout)
+                parts += [out.data_ptr(), dout.data_ptr(), *(part.data_ptr() for part in dqkv.unbind(2))]
+                assert set(parts) <= launched()
+            kept.append((qkv, sizes, out))
+assert len(runs) == 4 and len(KNOWN) == 2, (len(runs), len(KNOWN))
 print("prepared")
 """
 
 
 def test_a_packed_projection_is_repeated_too_and_in_training():
-    """The first call plans; later ones take up what it prepared, recorded for a backward or not."""
+    """The first call plans; later ones take up what it prepared, recorded for a backward or not, and so does that."""
     assert run("-c", PACKED).strip() == "prepared"

@@ -89,6 +89,12 @@ def test_attention(tokens, batch, heads, gate, key_bias):
     compare(qkv, arguments_for(batch, heads, tokens, None, gate, key_bias))
 
 
+@pytest.mark.parametrize("shape", [(), (3, 1), (2, 1, 9), (1, 3, 9), (2, 1, 1)], ids=str)
+def test_what_shares_a_gate_and_a_bias(shape):
+    _, qkv = packed_qkv(2, 3, 9, 16, dtype=torch.float32)
+    compare(qkv, {"gate": torch.rand(shape) + 0.5, "key_bias": torch.randn(shape)})
+
+
 @pytest.mark.parametrize(
     *pairs(
         {"merged": (7, 16, 129, 197)},
@@ -412,7 +418,7 @@ def plan(batch, heads, tokens, width, device=HOPPER, views=unpacked):
 def planned(device, q, k, v):
     """The launches of a forward."""
     call = Attention(q, k, v)
-    return attention_plan.plan_forward(device, call, *call.results())
+    return attention_plan.plan_forward(device, call).launches
 
 
 def test_large_grids():
