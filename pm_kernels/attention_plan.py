@@ -14,8 +14,9 @@ from torch import Tensor
 from . import attention_backward_kernels as backward_kernels
 from . import attention_kernels as kernels
 from .attention import Attention
+from .launches import Launch, Plan
 from .mixing_plan import addressable, matrix_gradient_launch, mix_launch
-from .runtime import CHUNK, Device, Launch, Plan, precision
+from .runtime import CHUNK, Device, precision
 
 RESIDENT = 256  # keys, or in the backward queries, that fit on the chip at a head width of 64
 

@@ -9,9 +9,10 @@ The ranks are N^2 comparisons, of which 8 warps make 256 at once.
 """
 
 from . import matching_kernels as kernels
+from .launches import Launch, Plan
 from .matching import Match
 from .mixing_plan import addressable, strides, whole_rows
-from .runtime import Device, Launch, Plan
+from .runtime import Device
 
 # Sources, targets, columns of features at a time, warps and stages, by the size of a feature: what spills no register.
 _TILES = {

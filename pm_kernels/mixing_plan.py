@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import mixing_kernels as kernels
 from . import row_kernels
+from .launches import Launch, Plan
 from .mixing import Mix
 from .reference import ByColumn, SparseRows
-from .runtime import CHUNK, Device, Launch, Plan, precision
+from .runtime import CHUNK, Device, precision
 
 
 def column_pieces(width: int) -> tuple[int, ...]:

@@ -193,7 +193,8 @@ REPEATED_MATCH = """
 import torch
 from bench.stand_in import stand_in
 from pm_kernels import match, transition
-from pm_kernels.runtime import KNOWN, Prepared
+from pm_kernels.launches import Prepared
+from pm_kernels.runtime import KNOWN
 
 runs, run = [], Prepared.run
 Prepared.run = lambda self, tensors: runs.append(tensors) or run(self, tensors)
@@ -251,7 +252,8 @@ PACKED = """
 import torch
 from bench.stand_in import stand_in
 from pm_kernels import fused_merge_attention_qkv
-from pm_kernels.runtime import KNOWN, Prepared
+from pm_kernels.launches import Prepared
+from pm_kernels.runtime import KNOWN
 
 runs, run = [], Prepared.run
 Prepared.run = lambda self, tensors: runs.append(tensors) or run(self, tensors)

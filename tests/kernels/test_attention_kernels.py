@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pm_kernels import backend, fused_merge_attention, fused_merge_attention_qkv, reference, runtime
 from pm_kernels.attention import Attention, attention, attention_backward
-from pm_kernels.runtime import INTERPRETER, Device, Launch
+from pm_kernels.launches import Launch
+from pm_kernels.runtime import INTERPRETER, Device
 
 skip_without_kernels()
 from pm_kernels import attention_plan  # noqa: E402  # needs Triton
