@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -32,9 +33,6 @@ class AdaptivePlan(Plan):
     """
 
     kind = "adaptive"
-    grid: tuple[int, int]
-    depth: int
-    num_prefix_tokens: int
     merges: Mapping[int, int]
     rounds: int = 2
     root_sizes: bool = False
@@ -86,7 +84,7 @@ class AdaptivePlan(Plan):
 
     @classmethod
     def candidates(
-        cls, encoder: nn.Module, blocks: Sequence[int] | None = None, *, rounds: int = 3, root_sizes: bool = True
+        cls, encoder: Any, blocks: Sequence[int] | None = None, *, rounds: int = 3, root_sizes: bool = True
     ) -> list["AdaptivePlan"]:
         """Plans of even merges for a Vision Transformer, the fewest tokens first.
 
@@ -134,9 +132,8 @@ class AdaptivePlan(Plan):
 
     def resize(self, grid: tuple[int, int]) -> "AdaptivePlan":
         """The plan for another grid, with as large a share of the patches left."""
-        grid = tuple(grid)
         tokens = self.tokens_of(grid[0] * grid[1])
-        return replace(self, grid=grid, merges={block: tokens[block] for block in self.merges})
+        return replace(self, grid=(grid[0], grid[1]), merges={block: tokens[block] for block in self.merges})
 
     def _fields(self) -> dict:
         merges = {str(block): tokens for block, tokens in self.merges.items()}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adaptive_plan import AdaptivePlan
 from .measure import alternate, count_gmacs
@@ -57,7 +57,7 @@ class Fit(NamedTuple):
     value: float
 
 
-def fit_share(model: Model, share: float) -> AdaptivePlan:
+def fit_share(model: nn.Module, share: float) -> AdaptivePlan:
     """The :class:`~pm_models.AdaptivePlan` of most tokens whose model has at most a share of the GMACs.
 
     Raises:

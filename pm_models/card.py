@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .compression import OPTIONS, Compression
 from .measure import count_gmacs
-from .models import Model, compression_of, encoder_of, input_size, uncompressed
+from .models import compression_of, encoder_of, input_size, uncompressed
+from .plan import CompressionPlan
 from .report import compare, tokens_per_block
 
 _LIBRARY = "library_name: pm-vit"
@@ -33,7 +35,7 @@ _METHOD = "\nIts tokens are compressed by [Prune and Merge](https://arxiv.org/ab
 _ADAPTIVE = "\nBefore some of its blocks the tokens of an image that are most alike merge into their means.\n"
 
 
-def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) -> str:
+def model_card(model: Any, architecture: str, results: Mapping[str, Mapping]) -> str:
     """Markdown with a head that model hubs read: plan, rates, GMACs, and results where there are any.
 
     Args:
@@ -75,7 +77,7 @@ def replaces_card(path: Path) -> bool:
 def _facts(compression: Compression) -> dict[str, str]:
     plan = compression.plan
     facts = {"Tokens before compression": str(plan.num_tokens), "Tokens per block": tokens_per_block(list(plan.tokens))}
-    if compression.adaptive:
+    if not isinstance(plan, CompressionPlan):
         return facts
     stages = [(stage, stage.last - stage.first + 1) for stage in plan.stages]
     blocks = max(sum(count for _, count in stages), 1)

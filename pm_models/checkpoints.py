@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -31,7 +32,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def save_pretrained(
-    model: Model,
+    model: nn.Module,
     folder: str | os.PathLike,
     *,
     model_args: dict | None = None,
@@ -75,10 +76,10 @@ def save_pretrained(
             name = registered_name(name)
             arguments |= compression.to_dict()
         extra = {"pretrained_cfg": {"architecture": name}, "norm_eps": shared_norm_eps(encoder)}
-        if encoder is not model:
+        if isinstance(model, Segmenter):
             extra["segmenter"] = {"num_classes": model.num_classes, **model.options}
         try:
-            save_for_hf(encoder, staging, model_config=extra, model_args=arguments, safe_serialization=True)
+            save_for_hf(encoder, str(staging), model_config=extra, model_args=arguments, safe_serialization=True)
             if encoder is not model:
                 save_model(model, str(staging / WEIGHTS_NAME))
         except SafetensorError as error:
@@ -161,13 +162,13 @@ def _build(folder: Path, plain: bool = False) -> Model:
             registered_name(config["architecture"])
             if missing := [name for name in OPTIONS if name not in config["model_args"]]:
                 raise ValueError(f"model_args lacks {', '.join(missing)}")
-        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
         set_norm_eps(model, config.get("norm_eps"))
         model = uncompressed(model) if plain else model
         return Segmenter(model, **config["segmenter"]) if "segmenter" in config else model
 
 
-def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
+def _check_same_model(model: Any, rebuilt: nn.Module) -> None:
     before, after = (
         {name: tuple(value.shape) for name, value in each.state_dict().items()} | describe(each)
         for each in (model, rebuilt)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Exported(NamedTuple):
 
 
 def export_model(
-    model: Model,
+    model: nn.Module,
     path: str | os.PathLike,
     format: str,
     *,
@@ -89,12 +89,16 @@ def export_model(
         expected = model(images)
     if expected.isnan().any():
         raise ValueError("model gives NaN on random images, so its file cannot be checked; nothing is written")
-    write = {"onnx": partial(_write_onnx, opset=opset), "pt2": _write_pt2, "aoti": _write_aoti}[format]
+    writers: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+        "onnx": partial(_write_onnx, opset=opset),
+        "pt2": _write_pt2,
+        "aoti": _write_aoti,
+    }
     path = Path(path)
     with unfinished(path) as folder:
         folder.mkdir()
         written = folder / f"model{FORMATS[format]}"  # AOTInductor insists on the name's end
-        run = write(model, images[:-1], written)
+        run = writers[format](model, images[:-1], written)
         error = _difference(run(images), expected)
         if not error <= tolerance:
             raise RuntimeError(
@@ -149,7 +153,7 @@ def _write_onnx(model: Model, images: Tensor, path: Path, opset: int | None) -> 
     return run
 
 
-def _lower(content: object, opset: int) -> None:
+def _lower(content: Any, opset: int) -> None:
     """Change the graph to an opset below those that PyTorch exports to, 17.
 
     PyTorch itself would have it converted by onnx, which cannot convert what some models need, and in others leaves
@@ -240,7 +244,7 @@ def _check_onnx(model: nn.Module, opset: int | None) -> None:
         )
 
 
-def _check_operators(content: object) -> None:
+def _check_operators(content: Any) -> None:
     """Refuse what static matrices have no need for."""
     graphs = [content.graph, *content.functions]
     unwanted = {node.op_type for graph in graphs for node in graph.node if node.op_type.startswith(_UNWANTED)}

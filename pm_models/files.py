@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,10 +13,8 @@ from pathlib import Path
 
 import psutil
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _numbers = itertools.count()
@@ -81,9 +80,9 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Wait until no other process or thread is in here for the same folder, where the file system has such locks."""
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    descriptor = None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
     try:
-        if descriptor is not None:
+        if sys.platform != "win32" and descriptor is not None:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

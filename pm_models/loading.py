@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -29,8 +30,8 @@ def load_model(source: str | Path, *, option: str | None = None) -> Model:
     """
     path = Path(source)
     if option is not None and not path.is_dir():
-        check_name(source, option)
-        return make_model(source, option)
+        check_name(str(source), option)
+        return make_model(str(source), option)
     if (path / VARIANT_NAME).is_file() and not (path / CONFIG_NAME).is_file():
         return load_segmenter_checkpoint(path)
     return load_pretrained(path)
@@ -50,7 +51,7 @@ def check_name(name: str, option: str) -> None:
     raise ValueError(f"{option} {name} is neither a saved folder nor a timm model{hint}")
 
 
-def make_model(name: str, option: str, **arguments: object) -> PlainModel:
+def make_model(name: str, option: str, **arguments: Any) -> PlainModel:
     """The model of timm that an option names; arguments of ``None`` are timm's own.
 
     Raises:
@@ -58,6 +59,6 @@ def make_model(name: str, option: str, **arguments: object) -> PlainModel:
         TypeError: it is no Vision Transformer that can be compressed.
     """
     with refusing(f"{option} {name} cannot be made"):
-        model = timm.create_model(name, **{key: value for key, value in arguments.items() if value is not None})
+        model: Any = timm.create_model(name, **{key: value for key, value in arguments.items() if value is not None})
     check_encoder(model)
     return model

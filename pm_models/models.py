@@ -3,18 +3,20 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from .adaptive_plan import AdaptivePlan
 from .compression import Compression
-from .plan import Plan
+from .plan import CompressionPlan
 from .segmenter import Segmenter
 from .vision_transformer import PlainModel, compress
 
 Model = PlainModel | Segmenter
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
+def encoder_of(model: nn.Module) -> Any:
     """The Vision Transformer in a Segmenter; any other model is its own."""
     return model.encoder if isinstance(model, Segmenter) else model
 
@@ -24,13 +26,13 @@ def compression_of(model: nn.Module) -> Compression | None:
     return getattr(encoder_of(model), "compression", None)
 
 
-def input_size(model: Model) -> tuple[int, int, int]:
+def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the images that the model takes."""
     encoder = encoder_of(model)
     return (encoder.in_chans, *encoder.patch_embed.img_size)
 
 
-def tokens_of(model: Model) -> list[int]:
+def tokens_of(model: nn.Module) -> list[int]:
     """The number of tokens that each block runs on, prefix tokens included."""
     if (compression := compression_of(model)) is not None:
         return list(compression.plan.tokens)
@@ -38,12 +40,12 @@ def tokens_of(model: Model) -> list[int]:
     return [encoder.patch_embed.num_patches + encoder.num_prefix_tokens] * len(encoder.blocks)
 
 
-def uncompressed(model: Model) -> Model:
+def uncompressed(model: Any) -> Any:
     """A plain model with a copy of the same weights; a model that is not compressed is returned as it is."""
     return model if compression_of(model) is None else model.uncompressed()
 
 
-def compressed(model: Model, plan: Plan, **options: object) -> Model:
+def compressed(model: nn.Module, plan: CompressionPlan | AdaptivePlan, **options: Any) -> Model:
     """A compressed copy of a plain model; ``options`` are those of :func:`pm_models.compress`.
 
     Raises:
@@ -52,7 +54,7 @@ def compressed(model: Model, plan: Plan, **options: object) -> Model:
     return model.compressed(plan, **options) if isinstance(model, Segmenter) else compress(model, plan, **options)
 
 
-def frozen(model: Model) -> Model:
+def frozen(model: Any) -> Any:
     """The model with constant matrices, for serving; it shares all other weights. An uncompressed one is returned."""
     encoder = encoder_of(model)
     if compression_of(model) is None:

@@ -1,8 +1,12 @@
 """Modules looked at, and put in the place of others, without changing what they compute."""
 
+from typing import Any, TypeVar
+
 from torch import nn
 from torch.nn.modules import module as registry
 from torch.utils.module_tracker import ModuleTracker
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def is_touched(module: nn.Module) -> bool:
@@ -37,7 +41,7 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def as_class(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def as_class(module: nn.Module, kind: type[M]) -> M:
     """A module of another class with all that the module has, which it shares."""
     other = kind.__new__(kind)
     other.__dict__.update(module.__dict__)
@@ -56,5 +60,5 @@ class Rewired:
         for name, value in replaced.items():
             setattr(self, name, value)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

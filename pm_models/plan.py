@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from .stages import StagePlan, kept_and_pruned, plan_stage, resize_stage
 
 _MOST = 10_000  # blocks, and prefix tokens
 _VERSION = 1
+P = TypeVar("P", bound="Plan")
 
 
+@dataclass(frozen=True)
 class Plan(ABC):
     """What every plan has: it is a value for one grid, depth and number of prefix tokens, saved as JSON."""
 
@@ -37,12 +39,21 @@ class Plan(ABC):
         return self.num_prefix_tokens + self.num_patches
 
     def check_sizes(self) -> None:
-        """Raise a ValueError where the grid, the depth or the number of prefix tokens is out of range."""
-        _check_grid(self.grid)
+        """Make the grid a tuple, and check the sizes.
+
+        Raises:
+            ValueError: the grid, the depth or the number of prefix tokens is out of range.
+        """
+        object.__setattr__(self, "grid", _checked_grid(self.grid))
         if not 1 <= self.depth <= _MOST:
             raise ValueError(f"depth must be between 1 and {_MOST}, got {self.depth}")
         if not 0 <= self.num_prefix_tokens <= _MOST:
             raise ValueError(f"num_prefix_tokens must be between 0 and {_MOST}, got {self.num_prefix_tokens}")
+
+    @property
+    @abstractmethod
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that each block runs on, prefix tokens included."""
 
     @abstractmethod
     def _fields(self) -> dict:
@@ -65,7 +76,7 @@ class Plan(ABC):
         }
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Plan":
+    def from_dict(cls: type[P], values: dict) -> P:
         """A plan from :meth:`to_dict`'s values.
 
         Raises:
@@ -78,7 +89,7 @@ class Plan(ABC):
             raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
         try:
             return cls(
-                grid=tuple(as_integer(size) for size in values["grid"]),
+                grid=_checked_grid([as_integer(size) for size in values["grid"]]),
                 depth=as_integer(values["depth"]),
                 num_prefix_tokens=as_integer(values["num_prefix_tokens"]),
                 **cls._arguments(values),
@@ -98,7 +109,7 @@ class Plan(ABC):
         write_atomically(path, json.dumps(self.to_dict()).encode())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Plan":
+    def load(cls: type[P], path: str | os.PathLike) -> P:
         """Read a plan that :meth:`save` wrote.
 
         Raises:
@@ -110,7 +121,7 @@ class Plan(ABC):
 
 
 @contextmanager
-def reading_plan(path: str | os.PathLike) -> Iterator[object]:
+def reading_plan(path: str | os.PathLike) -> Iterator[Any]:
     """The JSON of a plan's file; what is wrong with it is told with the file's name."""
     try:
         yield json.loads(Path(path).read_text(encoding="utf-8"))
@@ -135,9 +146,6 @@ class CompressionPlan(Plan):
     """
 
     kind = "compression"
-    grid: tuple[int, int]
-    depth: int
-    num_prefix_tokens: int
     stages: tuple[StagePlan, ...]
 
     def __post_init__(self) -> None:
@@ -190,8 +198,7 @@ class CompressionPlan(Plan):
         Raises:
             ValueError: an argument is out of range, or scores are not (L, h*w), finite and nonnegative.
         """
-        grid = tuple(grid) if isinstance(grid, Sequence) else grid
-        _check_grid(grid)
+        grid = _checked_grid(grid)
         scores = _checked_scores(scores, grid)
         _check_choice("allocation", allocation, ("global", "layer"))
         _check_choice("row_weights", row_weights, ("sum", "average"))
@@ -210,7 +217,9 @@ class CompressionPlan(Plan):
                 f"layer_decay must be at least 0 and below 1 / (L - 1) = {1 / max(depth - 1, 1):g} for {depth} layers, "
                 f"got {layer_decay}"
             )
-        bounds = [(block, block) for block in range(depth)] if stages is None else [tuple(stage) for stage in stages]
+        bounds = (
+            [(block, block) for block in range(depth)] if stages is None else [(first, last) for first, last in stages]
+        )
         if not bounds:
             raise ValueError("stages must name at least one (first, last) pair of blocks, got none")
         _check_stage_bounds(bounds, depth)
@@ -227,8 +236,8 @@ class CompressionPlan(Plan):
             depth=depth,
             num_prefix_tokens=num_prefix_tokens,
             stages=tuple(
-                plan_stage(first, last, *layer, grid, row_weights, segments)
-                for (first, last), *layer in zip(bounds, scores, kept, pruned, strict=True)
+                plan_stage(*bound, layer, keeps, prunes, grid, row_weights, segments)
+                for bound, layer, keeps, prunes in zip(bounds, scores, kept, pruned, strict=True)
             ),
         )
 
@@ -245,8 +254,7 @@ class CompressionPlan(Plan):
         Raises:
             ValueError: an argument is out of range.
         """
-        grid = tuple(grid) if isinstance(grid, Sequence) else grid
-        _check_grid(grid)
+        grid = _checked_grid(grid)
         _check_choice("segments", segments, ("raster", "nearest"))
         if grid == self.grid:
             return self
@@ -365,9 +373,10 @@ def _checked_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     return scores
 
 
-def _check_grid(grid: tuple[int, int]) -> None:
-    if not isinstance(grid, tuple) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+def _checked_grid(grid: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
         raise ValueError(f"grid must be two positive integers (rows, columns), got {grid!r}")
+    return grid[0], grid[1]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ def compare(rows: Mapping[str, Mapping]) -> str:
     """
     first = next(iter(rows.values()))
     quality, heading = ("miou", "mIoU") if "miou" in first else ("top1", "top-1")
-    table = [("model", heading, "GMACs", "images/s", "speed", "tokens per block")]
+    table: list[tuple[str, ...]] = [("model", heading, "GMACs", "images/s", "speed", "tokens per block")]
     for name, row in rows.items():
         speed = row["images_per_second"]
         cells = (f"{row[quality]:.2f}%", f"{row['gmacs']:.4g}", f"{speed:.0f}")

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from .attention import fusable_attentions, fuse, fused_attentions
 from .compression import Compression
 from .data.loaders import images_and_targets
-from .models import Model, compression_of, encoder_of, evaluating, tokens_of
+from .models import compression_of, encoder_of, evaluating, tokens_of
 from .modules import replace_module
 from .unwrapping import unwrapped
 from .vision_transformer import PlainModel, check_vision_transformer
 
 
 def score_tokens(
-    model: Model,
+    model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     batches: int,
@@ -90,7 +91,8 @@ def score_tokens(
     if taken == 0:
         raise ValueError("loader is empty: expected at least one batch of (images, targets)")
     if compression is not None:
-        blocks = (index for index in range(len(scores)) if compression.plan.stage_of(index) is not None)
+        plan = encoder.plan
+        blocks = (index for index in range(len(scores)) if plan.stage_of(index) is not None)
         for index, reconstruct in zip(blocks, encoder.reconstruct_matrices(), strict=True):
             scores[index] = reconstruct.detach().abs().cpu().double() @ scores[index]
     return torch.stack(scores)[:, encoder.num_prefix_tokens :].float()
@@ -110,7 +112,7 @@ def _check_can_be_scored(encoder: PlainModel, compression: Compression | None) -
             )
 
 
-def _attentions(block: nn.Module) -> dict[str, nn.Module]:
+def _attentions(block: nn.Module) -> dict[str, Any]:
     return fusable_attentions(block) | fused_attentions(block)
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .plan import Plan
+from .adaptive_plan import AdaptivePlan
+from .plan import CompressionPlan
 from .unwrapping import unwrapped
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
 
@@ -121,7 +123,7 @@ class Segmenter(nn.Module):
 
     def __init__(
         self,
-        encoder: PlainModel,
+        encoder: nn.Module,
         num_classes: int,
         *,
         decoder: str = "mask_transformer",
@@ -150,7 +152,7 @@ class Segmenter(nn.Module):
         if width % heads:
             raise ValueError(f"decoder_heads must divide the encoder's width {width}, got {heads}")
         self.num_classes = num_classes
-        self.encoder = encoder
+        self.encoder: PlainModel = encoder
         self.options = {
             "decoder": decoder,
             "decoder_depth": decoder_depth,
@@ -208,7 +210,7 @@ class Segmenter(nn.Module):
         patches = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
-    def compressed(self, plan: Plan, **options: object) -> "Segmenter":
+    def compressed(self, plan: CompressionPlan | AdaptivePlan, **options: Any) -> "Segmenter":
         """A copy whose encoder is compressed by a plan; ``options`` are those of :func:`pm_models.compress`.
 
         Raises:
@@ -218,9 +220,10 @@ class Segmenter(nn.Module):
 
     def uncompressed(self) -> "Segmenter":
         """A copy with the same weights and a plain encoder."""
-        return copy.deepcopy(self.with_encoder(self.encoder.uncompressed()))
+        encoder = self.encoder
+        return copy.deepcopy(self.with_encoder(encoder.uncompressed() if isinstance(encoder, Compressed) else encoder))
 
-    def with_encoder(self, encoder: PlainModel) -> "Segmenter":
+    def with_encoder(self, encoder: nn.Module) -> "Segmenter":
         """The same decoder, not copied, on another encoder of the same width."""
         model = copy.copy(unwrapped(self))
         model._modules = self._modules | {"encoder": encoder}

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .models import Model, frozen, input_size
+from .models import frozen, input_size
 from .unwrapping import unwrapped
 
 
 def warmup(
-    model: Model, batch_sizes: Sequence[int] = (1, 8), *, dtype: torch.dtype | None = None
+    model: nn.Module, batch_sizes: Sequence[int] = (1, 8), *, dtype: torch.dtype | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Compile a model for inference and run it at the given batch sizes, so that no request waits for a compiler.
 

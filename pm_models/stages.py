@@ -66,7 +66,7 @@ def _ends(scores: Tensor, highest: int, lowest: int) -> tuple[Tensor, Tensor]:
     ends = torch.zeros(2, len(ranking), dtype=torch.bool)
     ends[0, ranking[:highest]] = True
     ends[1, ranking[len(ranking) - lowest :]] = True
-    return ends.view(2, *scores.shape).unbind()
+    return ends[0].view_as(scores), ends[1].view_as(scores)
 
 
 def plan_stage(

@@ -1,13 +1,14 @@
 """The model inside of what compiles it, runs it on several devices, or averages its weights."""
 
 import copy
+from typing import Any
 
 from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """The model inside ``torch.compile``, DataParallel, DistributedDataParallel, and what ``accelerator.prepare`` made.
 
     The given model is left as it was; what is returned has its modules and parameters, not copies.

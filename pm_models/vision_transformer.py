@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import NoneType
+from typing import TypeVar
 
 import torch
 from timm.models._features import feature_take_indices
@@ -31,6 +32,7 @@ from .reductions.matrices import StageMatrices
 from .reductions.static import EXECUTIONS, Maps, StaticReduction
 from .unwrapping import unwrapped
 
+C = TypeVar("C", bound="Compressed")
 PlainModel = VisionTransformer | Eva  # the classes that can be compressed, their subclass for distillation too
 
 
@@ -106,7 +108,7 @@ class Compressed(nn.Module):
         """
         return self._static().fold(self._pooled_readout(), self.patch_embed.proj.weight.dtype).transitions
 
-    def freeze(self) -> "Compressed":
+    def freeze(self: C) -> C:
         """Make the model's folded matrices constants, for serving: they no longer train, and are no longer saved.
 
         What was computed from them in every forward is computed once. There is no way back; freeze a copy of a model
@@ -340,20 +342,20 @@ class _CapturingBlocks:
             yield lambda *_, index=index, **__: maps.get(index)
 
 
-_COMPRESSED_CLASSES: dict[type[PlainModel], type[Compressed]] = {
+_COMPRESSED_CLASSES: dict[type[nn.Module], type[PMVisionTransformer | PMEva]] = {
     compressed.plain_class: compressed for compressed in (PMVisionTransformer, PMVisionTransformerDistilled, PMEva)
 }
 
 
 def compress(
-    model: PlainModel,
+    model: nn.Module,
     plan: CompressionPlan | AdaptivePlan,
     *,
     train_matrices: str | None = "support",
     size_bias: bool = False,
     merge_site: str = "block",
     shortcut: str = "pruned",
-) -> Compressed:
+) -> PMVisionTransformer | PMEva:
     """Compress a timm Vision Transformer by a plan: static (arXiv 2503.23455, section 3) or adaptive.
 
     With an :class:`~pm_models.AdaptivePlan`, tokens merge by what is in each image: no weights are added, nothing has

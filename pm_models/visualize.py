@@ -20,7 +20,7 @@ from .plan import CompressionPlan, StagePlan
 _KEPT, _MERGED, _PRUNED = "#2a9d8f", "#e9c46a", "#3d405b"
 # (256, 3) from 0 to 1, of classes: twenty that differ well, then a scale; white for 255.
 _CLASS_COLOURS = np.concatenate(
-    [colormaps["tab20"].colors, colormaps["nipy_spectral"](np.linspace(0, 1, 235))[:, :3], np.ones((1, 3))]
+    [colormaps["tab20"](range(20))[:, :3], colormaps["nipy_spectral"](np.linspace(0, 1, 235))[:, :3], np.ones((1, 3))]
 )
 
 

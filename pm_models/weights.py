@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ def cause(error: Exception) -> str:
     return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
-def read_file(path: str | os.PathLike, refusal: str) -> object:
+def read_file(path: str | os.PathLike, refusal: str) -> Any:
     """What a file holds; of objects that are not needed an :class:`_Unread`.
 
     Raises:

@@ -39,7 +39,7 @@ def check_is_image(path: str) -> None:
         raise ValueError(f"{path} is no image that can be read; remove it, or save it as .png or .jpg")
 
 
-def entries(folder: str | os.PathLike) -> list[os.DirEntry]:
+def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry]:
     """Files and folders in a folder, by name, without hidden ones and what systems leave there (Thumbs.db)."""
     with os.scandir(folder) as inside:
         kept = [entry for entry in inside if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FILES]

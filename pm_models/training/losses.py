@@ -1,5 +1,7 @@
 """What training minimises, as timm's tasks: cross-entropy and soft distillation, of images or of every pixel."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask
@@ -21,13 +23,14 @@ def distillation_task(
 
     The divergence is averaged over the batch and the classes, as in the code of the paper (arXiv 2503.23455).
     """
+    classes: Any = student.num_classes
     return LogitDistillationTask(
         student,
         teacher,
         criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
         task_loss_weight=1.0,
         # timm averages the divergence over the batch alone.
-        distill_loss_weight=alpha / student.num_classes,
+        distill_loss_weight=alpha / classes,
         temperature=temperature,
         verbose=False,
     )
