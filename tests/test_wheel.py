@@ -63,3 +63,4 @@ def test_it_runs_where_it_is_installed(wheel, tmp_path):
     assert shown[0].startswith("usage: pm-vit")
     assert [kernels, models] == [str(tmp_path / "site" / name / "__init__.py") for name in ("pm_kernels", "pm_models")]
     assert wheel.name.startswith(f"pm_vit-{version}-")
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
