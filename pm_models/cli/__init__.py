@@ -11,7 +11,7 @@ import torch
 
 from ..training import launched_processes
 from . import commands, options, tools
-from .arguments import add_options, options_of, read_options
+from .arguments import Option, add_options, flag, options_of, read_options
 from .config import find_task, is_given, read_config
 from .tasks import TASKS
 
@@ -83,9 +83,30 @@ def _configured_parser(arguments: list[str]) -> argparse.ArgumentParser:
         everything = {name for own in known.values() for name, option in own.items() if not option.positional}
         own = known[arguments[0]]
         values = read_config(arguments[1:], own, everything - {"config"})
-        if "adaptive" in own and is_given(own["adaptive"], arguments[1:]):  # which comes before the file's rates
-            values = {name: value for name, value in values.items() if name not in options.STATIC_OPTIONS}
+        if "adaptive" in own:
+            values = _without_static(own, arguments[1:], values)
     return _parser(task, {arguments[0]: values} if values else {})
+
+
+def _without_static(own: Mapping[str, Option], arguments: list[str], values: dict[str, object]) -> dict[str, object]:
+    """The values of a file beside ``--adaptive``, which on the command line comes before the file's rates.
+
+    Raises:
+        ValueError: options of a static plan are given with it, be it as their defaults.
+    """
+    given = [name for name in options.STATIC_OPTIONS if is_given(own[name], arguments)]
+    if is_given(own["adaptive"], arguments):
+        values = {name: value for name, value in values.items() if name not in options.STATIC_OPTIONS}
+    elif values.get("adaptive"):
+        given = [name for name in options.STATIC_OPTIONS if name in given or name in values]
+    else:
+        return values
+    if given:
+        raise ValueError(
+            f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes --target-gmacs or "
+            "--target-speedup alone"
+        )
+    return values
 
 
 def _parser(task: str, defaults: Mapping[str, Mapping]) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from ..compression import MERGE_SITES, OPTIONS, SHORTCUTS
 from ..export import FORMATS, OPSETS
 from ..segmenter import DECODERS
 from ..training import IGNORED, SCHEDULES, Recipe
-from .arguments import flag, group, option, options_of, positive, stages_of
+from .arguments import group, option, options_of, positive, stages_of
 from .config import shipped_configs
 
 DEFAULT_TASK = "classification"
@@ -142,14 +142,6 @@ class CompressionOptions:
     merge_site: str = option(
         "merge tokens before the block, as in the paper, or inside its attention", MERGE_SITES[0], choices=MERGE_SITES
     )
-
-    def __post_init__(self) -> None:
-        given = [name for name in STATIC_OPTIONS if getattr(self, name) != getattr(CompressionOptions, name)]
-        if self.adaptive and given:
-            raise ValueError(
-                f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes --target-gmacs or "
-                "--target-speedup alone"
-            )
 
     @property
     def has_budget(self) -> bool:

@@ -66,7 +66,7 @@ class _Task:
             load_checkpoint(model, chosen.checkpoint, new_head=new_head)
         elif chosen.pretrained:  # timm leaves a head for other classes random
             classes = model.pretrained_cfg.get("num_classes") or 0
-            check_head(f"the weights of {chosen.model}", classes, model.num_classes, new_head=new_head)
+            check_head(f"the pretrained {chosen.model}", classes, model.num_classes, new_head=new_head)
         return model
 
 

@@ -374,9 +374,8 @@ def test_names_of_folders_that_timm_reads(evaluate, expected, tmp_path, data, ca
     folder = f"local-dir:{tmp_path / 'saved'}"
     assert evaluate("--pretrained", model=folder) == expected
     assert "has random weights" in evaluate(model=folder)
-    assert "has a head for 3 classes, and the model is for 5: give --num-classes 3, or" in evaluate(
-        "--pretrained", "--num-classes", "5", model=folder
-    )
+    told = f"error: the pretrained {folder} has a head for 3 classes, and the model is for 5: give --num-classes 3, or"
+    assert told in evaluate("--pretrained", "--num-classes", "5", model=folder)
     found = evaluate(
         "--output", tmp_path / "out", *TRAIN, "--pretrained", "--num-classes", "5", model=folder, command="train"
     )
