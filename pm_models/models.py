@@ -1,4 +1,4 @@
-"""What a model is here, and what all models share: timm's Vision Transformers and Segmenters, compressed or not."""
+"""What all models have in common: timm's Vision Transformers and Segmenters, compressed or not."""
 
 import copy
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Model = PlainModel | Segmenter
 
 
 def encoder_of(model: nn.Module) -> Any:
-    """The Vision Transformer in a Segmenter; any other model is its own."""
+    """The Vision Transformer of a Segmenter; any other model is returned as it is."""
     return model.encoder if isinstance(model, Segmenter) else model
 
 
@@ -55,7 +55,7 @@ def compressed(model: nn.Module, plan: CompressionPlan | AdaptivePlan, **options
 
 
 def frozen(model: Any) -> Any:
-    """The model with constant matrices, for serving; it shares all other weights. An uncompressed one is returned."""
+    """The model with constant matrices, for serving; other weights are shared. An uncompressed one is returned."""
     encoder = encoder_of(model)
     if compression_of(model) is None:
         return model
@@ -67,7 +67,7 @@ def frozen(model: Any) -> Any:
 
 
 def shared_norm_eps(model: nn.Module) -> float | None:
-    """The epsilon that all LayerNorms of a model have; ``None`` where they differ, or there are none."""
+    """The epsilon that all LayerNorms of a model share; ``None`` where they differ, or there are none."""
     values = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
     return values.pop() if len(values) == 1 else None
 
@@ -81,7 +81,7 @@ def set_norm_eps(model: nn.Module, eps: float | None) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode with nothing to train; at the end every module and weight is as it was."""
+    """Put a model into evaluation mode with all weights frozen; at the end every module and weight is as it was."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

@@ -1,4 +1,4 @@
-"""Modules looked at, and put in the place of others, without changing what they compute."""
+"""Inspect and replace modules without changing what they compute."""
 
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class's forward: a hook, global ones too, or another forward."""
+    """Whether a call does more than its class's forward: a hook, also a global one, or a replaced ``forward``."""
     own = vars(module)
     return bool(
         own["_forward_pre_hooks"]
@@ -24,7 +24,7 @@ def is_touched(module: nn.Module) -> bool:
 
 
 def _has_global_hook() -> bool:
-    """Whether a hook is on all modules, but for those by which torch's FLOP counter follows what really runs."""
+    """Whether there are hooks on all modules, other than those of torch's FLOP counter."""
     kinds = (
         registry._global_forward_pre_hooks,
         registry._global_forward_hooks,
@@ -36,23 +36,23 @@ def _has_global_hook() -> bool:
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of ``root``'s submodule ``name`` (dotted)."""
+    """Replace the submodule ``name`` (dotted) of ``root`` by ``module``."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, module)
 
 
 def as_class(module: nn.Module, kind: type[M]) -> M:
-    """A module of another class with all that the module has, which it shares."""
+    """The module as an instance of another class; attributes, parameters and submodules are shared."""
     other = kind.__new__(kind)
     other.__dict__.update(module.__dict__)
     return other
 
 
 class Rewired:
-    """A module as one of its class's methods sees it, with other attributes: everything else is the module's.
+    """A stand-in for a module with some attributes replaced; all others are the module's.
 
-    ``Block.forward(Rewired(block, attn=function), x)`` runs timm's forward with ``function`` in the place of
-    ``block.attn``; the block itself does not change.
+    ``Block.forward(Rewired(block, attn=function), x)`` runs timm's forward with ``function`` instead of ``block.attn``;
+    the block itself does not change.
     """
 
     def __init__(self, module: nn.Module, **replaced: object) -> None:

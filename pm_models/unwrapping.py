@@ -1,4 +1,4 @@
-"""The model inside of what compiles it, runs it on several devices, or averages its weights."""
+"""The model inside a wrapper that compiles it, runs it on several devices or averages its weights."""
 
 import copy
 from typing import Any
@@ -9,12 +9,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside ``torch.compile``, DataParallel, DistributedDataParallel, and what ``accelerator.prepare`` made.
+    """The model inside ``torch.compile``, DataParallel, DistributedDataParallel or ``accelerator.prepare``.
 
-    The given model is left as it was; what is returned has its modules and parameters, not copies.
+    The given model is left as it was. The result shares its modules and parameters.
 
     Raises:
-        TypeError: it is no module, a part of it is wrapped on its own, or its weights are shared out (FSDP).
+        TypeError: it is not a module, a part of it is wrapped on its own, or its weights are sharded (FSDP).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -28,8 +28,8 @@ def unwrapped(model: nn.Module) -> Any:
     model = unwrap_model(model)
     forward = vars(model).get("forward")
     if "_original_forward" in vars(model) or getattr(forward, "__func__", None) is type(model).forward:
-        # accelerate hangs a forward on this very object, first with autocast, later the class's own. A model that takes
-        # over the object's attributes would run it still. Another object, without it, can share all the rest.
+        # accelerate sets a forward on this very object, first with autocast, later the class's own. A model that takes
+        # over the object's attributes would still run it. A second object without it can share all the rest.
         model = copy.copy(model)
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)
