@@ -1,4 +1,4 @@
-"""timm's blocks taken apart, where nothing that hangs on them is passed by: ``x + f(norm1(x))``, then ``x + g(x)``."""
+"""Take timm's blocks apart, ``x + f(norm1(x))`` and then ``x + g(x)``, where no hook or wrapper would be bypassed."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ from ..modules import is_touched
 
 
 def branches(block: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]] | None:
-    """What timm's Block or EvaBlock adds to its tokens: first ``f(norm1(x), **given)``, then ``g(x)``.
+    """The two terms that timm's Block or EvaBlock adds to its tokens, as functions: ``f(norm1(x), **given)``, ``g(x)``.
 
-    ``given`` goes to the attention. ``None`` is a block that has to run whole: one of another class, or touched.
+    ``given`` goes to the attention. ``None``: the block is of another class or touched, and has to run as a whole.
     """
     if type(block) not in (Block, EvaBlock) or is_touched(block):
         return None
@@ -36,7 +36,7 @@ def branches(block: nn.Module) -> tuple[Callable[..., Tensor], Callable[[Tensor]
 
 
 def opening_norm(block: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and epsilon of the LayerNorm that the block begins with, where it can be computed elsewhere."""
+    """Weight, bias and epsilon of the block's first LayerNorm, where it can be computed outside of the block."""
     if type(block) not in (Block, EvaBlock) or is_touched(block):
         return None
     norm = block.norm1
@@ -47,7 +47,7 @@ def opening_norm(block: nn.Module) -> tuple[Tensor, Tensor, float] | None:
 
 
 def attends_apart(block: nn.Module) -> bool:
-    """Whether :func:`run_block` can compute some rows of the block: nothing in it would see that there are fewer."""
+    """Whether :func:`run_block` can compute only some rows: nothing in the block would notice that there are fewer."""
     return (
         branches(block) is not None
         and isinstance(block.attn, FusedAttention)
@@ -60,7 +60,7 @@ def attends_apart(block: nn.Module) -> bool:
 
 
 def _is_plain(weight: Tensor | None) -> bool:
-    """Whether a weight is a parameter as torch makes it, whose numbers can be taken from its module."""
+    """Whether a weight is an ordinary parameter, whose values can be used outside of its module."""
     kind = type(weight)
     known = not issubclass(kind, nn.Parameter) or kind is nn.Parameter
     return weight is not None and known and not hasattr(kind, "__tensor_flatten__")
@@ -69,14 +69,14 @@ def _is_plain(weight: Tensor | None) -> bool:
 def run_block(
     block: nn.Module, x: Tensor, normed: Tensor | None = None, rows: int | None = None, **given: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """``block(x)`` as the two terms of its last sum; the second is ``None`` where the block runs whole.
+    """``block(x)`` as the two terms of its last sum; the second is ``None`` where the block has to run as a whole.
 
     Args:
         block: a timm block.
         x: (B, N, D).
-        normed: (B, N, D), ``block.norm1(x)`` where it is there already, because the block has an :func:`opening_norm`.
-        rows: compute the first rows alone, which still attend to all of x, because the block :func:`attends_apart`.
-        given: what the block takes beside x: ``rope``, and ``attn_mask`` (B, 1, 1, N) that biases keys.
+        normed: (B, N, D), ``block.norm1(x)`` if it was computed already, which needs an :func:`opening_norm`.
+        rows: compute only the first rows, which still attend to all of x; the block must :func:`attends_apart`.
+        given: the block's further arguments: ``rope``, and an ``attn_mask`` (B, 1, 1, N) that biases keys.
     """
     parts = branches(block)
     if parts is None:
