@@ -1,4 +1,4 @@
-"""The model card that stands beside a saved model."""
+"""The model card that is saved with a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,15 +32,15 @@ model = load_pretrained("this folder")
 ```
 {results}"""
 _METHOD = "\nIts tokens are compressed by [Prune and Merge](https://arxiv.org/abs/2503.23455).\n"
-_ADAPTIVE = "\nBefore some of its blocks the tokens of an image that are most alike merge into their means.\n"
+_ADAPTIVE = "\nBefore some of its blocks, the tokens that are most alike in each image merge into their means.\n"
 
 
 def model_card(model: Any, architecture: str, results: Mapping[str, Mapping]) -> str:
-    """Markdown with a head that model hubs read: plan, rates, GMACs, and results where there are any.
+    """Markdown with a header that model hubs read: plan, rates, GMACs, and results if there are any.
 
     Args:
-        model: what is saved.
-        architecture: the name that it is made under.
+        model: the saved model.
+        architecture: its name in timm's registry.
         results: rows as :func:`pm_models.report.compare` takes them; may be empty.
     """
     compression, size = compression_of(model), input_size(model)
@@ -70,7 +70,7 @@ def model_card(model: Any, architecture: str, results: Mapping[str, Mapping]) ->
 
 
 def replaces_card(path: Path) -> bool:
-    """Whether a card may be written there: not where a person wrote another text."""
+    """Whether a card may be written to this path: not over a text that a person wrote."""
     return not path.is_file() or _LIBRARY in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 

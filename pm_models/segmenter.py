@@ -20,7 +20,7 @@ DECODERS = ("mask_transformer", "linear")
 
 
 class LinearDecoder(nn.Module):
-    """One linear layer from each patch's token to its class scores (section 3.2).
+    """A linear layer from each patch's token to its class scores (section 3.2).
 
     Args:
         width: of the encoder's tokens.
@@ -37,7 +37,7 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Blocks over the patches and one embedding per class; a mask is their scalar product, L2-normalised (section 3.2).
+    """Blocks over the patches and one embedding per class; masks are their normalised scalar products (section 3.2).
 
     Parameters are named as in the published checkpoints.
 
@@ -91,7 +91,7 @@ class MaskTransformer(nn.Module):
 
 
 def check_encoder(model: nn.Module) -> None:
-    """Refuse what is no timm VisionTransformer or Eva, compressed or not.
+    """Refuse any model that is not a timm VisionTransformer or Eva, compressed or not.
 
     Raises:
         TypeError: the model is of another class.
@@ -101,9 +101,9 @@ def check_encoder(model: nn.Module) -> None:
 
 
 class Segmenter(nn.Module):
-    """A Vision Transformer whose patches are decoded to a map of classes.
+    """A Vision Transformer with a decoder from its patches to a map of classes.
 
-    Its weights are named ``encoder.*``, as timm names them, and ``decoder.*``, as the published checkpoints do.
+    Weights are named ``encoder.*``, then as in timm, and ``decoder.*``, then as in the published checkpoints.
 
     Args:
         encoder: a timm VisionTransformer or Eva, plain or compressed; its head is not used. It is not copied.
@@ -119,7 +119,7 @@ class Segmenter(nn.Module):
         ValueError: ``decoder`` is unknown, a number is out of range, or patches do not cover the images.
     """
 
-    PUBLISHED_NORM_EPS = 1e-5  # of the published encoders' norms, where timm has 1e-6
+    PUBLISHED_NORM_EPS = 1e-5  # in the norms of the published encoders; timm's is 1e-6
 
     def __init__(
         self,
@@ -183,20 +183,20 @@ class Segmenter(nn.Module):
         """Images (B, 3, H, W) to logits (B, classes, H, W), interpolated from those of the patches.
 
         Raises:
-            ValueError: the images have another size than the encoder takes.
+            ValueError: the images do not have the encoder's size.
         """
         height, width = images.shape[-2:]
         logits = self.patch_logits(images)
         rows, columns = self.encoder.patch_embed.patch_size
-        # An encoder that pads images has patches that end beyond the picture.
+        # If the encoder pads images, patches reach beyond the image.
         padded = (logits.shape[-2] * rows, logits.shape[-1] * columns)
         return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[..., :height, :width]
 
     def patch_logits(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to logits (B, classes, h, w) of the grid of patches.
+        """Images (B, 3, H, W) to logits (B, classes, h, w) on the grid of patches.
 
         Raises:
-            ValueError: the images have another size than the encoder takes.
+            ValueError: the images do not have the encoder's size.
         """
         size = tuple(images.shape[-2:])
         grid = tuple(self.encoder.patch_embed.grid_size)
@@ -211,7 +211,7 @@ class Segmenter(nn.Module):
         return self.decoder(patches).transpose(1, 2).unflatten(2, grid)
 
     def compressed(self, plan: CompressionPlan | AdaptivePlan, **options: Any) -> "Segmenter":
-        """A copy whose encoder is compressed by a plan; ``options`` are those of :func:`pm_models.compress`.
+        """A copy whose encoder is compressed by a plan, with the ``options`` of :func:`pm_models.compress`.
 
         Raises:
             TypeError, ValueError: as :func:`pm_models.compress` does.
@@ -233,22 +233,22 @@ class Segmenter(nn.Module):
 def sliding_window(
     model: nn.Module, images: Tensor, window: tuple[int, int], stride: int | None = None, *, batch_size: int = 8
 ) -> Tensor:
-    """Logits of images of any size at least the window's: the average of all windows that cover a pixel.
+    """Logits for images at least as large as the window: for each pixel the average over all windows that cover it.
 
-    Windows start at every multiple of the stride, the last of each row and column flush with the edge.
+    Windows start at every multiple of the stride; the last of each row and column is flush with the edge.
 
     Args:
         model: images (B, 3, h, w) to logits (B, classes, h, w) for (h, w) = ``window``.
         images: (B, 3, H, W).
         window: (h, w) in pixels.
         stride: pixels from one window to the next; ``None``: the window's side less 32, as Segmenter is evaluated.
-        batch_size: windows at a time.
+        batch_size: number of windows to run at a time.
 
     Returns:
         (B, classes, H, W).
 
     Raises:
-        ValueError: the images are smaller than the window, or the stride leaves pixels out.
+        ValueError: the images are smaller than the window, or the stride leaves gaps.
     """
     height, width = images.shape[-2:]
     if height < window[0] or width < window[1]:
@@ -287,22 +287,22 @@ def predict(
     flip: bool = False,
     batch_size: int = 8,
 ) -> Tensor:
-    """Probabilities of the classes of each pixel, by sliding windows of the encoder's size.
+    """Class probabilities of each pixel, by sliding windows of the encoder's size.
 
-    An image smaller than a window is enlarged until it covers one. With several scales, and with ``flip`` mirrored
-    images too, probabilities are averaged.
+    An image smaller than a window is enlarged to cover one. Probabilities are averaged over all scales and, with
+    ``flip``, over mirrored images.
 
     Args:
         model: in evaluation mode.
         images: (B, 3, H, W), normalised.
-        size: (height, width) of the result; ``None``: that of the images.
+        size: (height, width) of the result; ``None``: the images' size.
         stride: as in :func:`sliding_window`.
         scales: factors of the images' sides.
-        flip: also mirror each.
-        batch_size: windows at a time.
+        flip: also mirror each image.
+        batch_size: number of windows to run at a time.
 
     Returns:
-        (B, classes, *size), sums over the classes are 1.
+        (B, classes, *size); the sum over the classes is 1.
     """
     size = tuple(images.shape[-2:]) if size is None else tuple(size)
     window, total = model.image_size, 0.0
@@ -317,7 +317,7 @@ def predict(
 
 
 def _covering(images: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
-    """The images at a scale, or the smallest larger one at which they cover the window."""
+    """The images at the given scale, or at the smallest larger one at which they cover the window."""
     height, width = images.shape[-2:]
     scale = max(scale, window[0] / height, window[1] / width)
     size = (max(math.floor(height * scale + 0.5), window[0]), max(math.floor(width * scale + 0.5), window[1]))

@@ -161,7 +161,7 @@ def _read(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected options and values, such as epochs: 30, got {type(values).__name__}")
     named = {str(key).lstrip("-").replace("-", "_"): value for key, value in values.items()}

@@ -156,7 +156,7 @@ class Segmentation(_Task):
             for dataset in datasets:
                 if dataset.num_classes != model.num_classes:
                     raise ValueError(
-                        f"the data has {dataset.num_classes} classes, but the model tells {model.num_classes} apart"
+                        f"the data has {dataset.num_classes} classes, but the model distinguishes {model.num_classes}"
                     )
         else:
             check_name(chosen.model, "--model")

@@ -121,10 +121,10 @@ def check_classes(dataset: Dataset, model: PlainModel) -> None:
     if len(names) < 2:
         raise ValueError(f"the data has {len(names)} class ({', '.join(names)}), expected at least 2")
     if len(names) > model.num_classes:
-        raise ValueError(f"the data has {len(names)} classes, but the model tells {model.num_classes} apart")
+        raise ValueError(f"the data has {len(names)} classes, but the model distinguishes {model.num_classes}")
     if len(names) < model.num_classes:
         warnings.warn(
-            f"the data has {len(names)} classes, but the model tells {model.num_classes} apart: labels count the "
+            f"the data has {len(names)} classes, but the model distinguishes {model.num_classes}: labels count the "
             "data's classes in alphabetical order, which may not be the model's",
             stacklevel=2,
         )

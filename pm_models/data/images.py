@@ -36,7 +36,7 @@ def is_image(name: str) -> bool:
 def check_is_image(path: str) -> None:
     """Raise a ValueError that names the file where its ending is not that of an image."""
     if not is_image(path):
-        raise ValueError(f"{path} is no image that can be read; remove it, or save it as .png or .jpg")
+        raise ValueError(f"{path} is not a readable image; remove it, or save it as .png or .jpg")
 
 
 def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry]:
@@ -134,7 +134,7 @@ def _shown(path: str | os.PathLike) -> Iterator[Image.Image]:
             unknown = isinstance(error, UnidentifiedImageError)
             reason = "Pillow does not know its kind" if unknown else " ".join(str(error).split())
             raise ValueError(
-                f"{os.fspath(path)} is no image that can be read ({reason or type(error).__name__}); mend or remove it"
+                f"{os.fspath(path)} is not a readable image ({reason or type(error).__name__}); mend or remove it"
             ) from error
 
 

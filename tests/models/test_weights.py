@@ -176,7 +176,8 @@ def test_code_beside_the_weights_is_not_run(evaluate, tmp_path, place, zipped):
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     found = evaluate("--checkpoint", tmp_path / "w.pth")
     assert (
-        "w.pth is truncated or no checkpoint that loads without running code: it holds posix.mkdir; save the" in found
+        "w.pth is truncated or not a checkpoint that loads without running code: it holds posix.mkdir; save the"
+        in found
     )
     assert not (tmp_path / "ran").exists()
 
@@ -365,7 +366,7 @@ def test_original_jax_weights(evaluate, expected, tmp_path):
         "--checkpoint", tmp_path / "w.npz", "--num-classes", "5"
     )
     np.savez(tmp_path / "other.npz", a=np.ones(3))
-    assert "other.npz is no checkpoint in JAX's layout" in evaluate("--checkpoint", tmp_path / "other.npz")
+    assert "other.npz is not a checkpoint in JAX's layout" in evaluate("--checkpoint", tmp_path / "other.npz")
 
 
 def test_names_of_folders_that_timm_reads(evaluate, expected, tmp_path, data, capsys):
