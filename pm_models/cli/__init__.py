@@ -1,4 +1,4 @@
-"""The command line ``pm-vit``: its options are the dataclasses in :mod:`.options`, which the commands take."""
+"""The command line ``pm-vit``. Its options are the dataclasses in :mod:`.options`, which the commands take."""
 
 import argparse
 import inspect
@@ -25,12 +25,12 @@ _COMMANDS = {
     "show": (options.Show, tools.show),
     "bench": (options.Bench, tools.bench),
 }
-# Those that read data: with --config, with --task, and in the processes of a launcher.
+# Commands that read data: they have --config and --task, and run in several processes.
 _ON_DATA = [name for name, (kind, _) in _COMMANDS.items() if issubclass(kind, options.Command)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``pm-vit``; an error of the user's is one line on standard error and exit status 2."""
+    """Run ``pm-vit``; a user's error gives one line on standard error and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         parser = _configured_parser(arguments)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(command: str, error: Exception) -> int:
-    """Tell an error in a line; of one that a loader's process raised, without the traceback that torch puts before."""
+    """Print an error in one line, without the traceback that torch adds to errors from a loader's processes."""
     text = str(error)
     if text.startswith("Caught "):
         text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
@@ -75,7 +75,7 @@ def _print_warning(message: Warning, category: type[Warning], *_: object, **__: 
 
 
 def _configured_parser(arguments: list[str]) -> argparse.ArgumentParser:
-    """The parser for the task that the arguments are for, with the values of their ``--config`` as its defaults."""
+    """The parser for the arguments' task, with the values of their ``--config`` as defaults."""
     task = find_task(arguments[1:], TASKS, options.DEFAULT_TASK)
     values = {}
     if arguments and arguments[0] in _ON_DATA:
@@ -89,10 +89,10 @@ def _configured_parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def _without_static(own: Mapping[str, Option], arguments: list[str], values: dict[str, object]) -> dict[str, object]:
-    """The values of a file beside ``--adaptive``, which on the command line comes before the file's rates.
+    """A file's values without its rates if ``--adaptive`` is on the command line, which has precedence.
 
     Raises:
-        ValueError: options of a static plan are given with it, be it as their defaults.
+        ValueError: options of a static plan are given with ``--adaptive``, even with their default values.
     """
     given = [name for name in options.STATIC_OPTIONS if is_given(own[name], arguments)]
     if is_given(own["adaptive"], arguments):
@@ -112,7 +112,7 @@ def _without_static(own: Mapping[str, Option], arguments: list[str], values: dic
 def _parser(task: str, defaults: Mapping[str, Mapping]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pm-vit",
-        description="Compress the tokens of Vision Transformers by Prune and Merge.",
+        description="Make Vision Transformers faster by running them on fewer tokens.",
         epilog="A first look: pm-vit demo. Then, on your images: pm-vit train DATA --model NAME --output DENSE, and "
         "pm-vit finetune DATA --model DENSE --keep-rate 0.6 --prune-rate 0.1 --output TUNED.",
     )

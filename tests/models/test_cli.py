@@ -548,7 +548,7 @@ MISTAKES = {
     ),
     "data that nothing looks at": (
         ["compress", "{data}", "--model", "{dense}", "--output", "{tmp}/out", "--adaptive"],
-        "DATA cannot be given with --adaptive, which looks at no images, got {data}",
+        "DATA cannot be given with --adaptive, which needs no images, got {data}",
     ),
     "adaptive with rates": (
         [*COMPRESS, "--model", "{dense}", "--adaptive", "--size-bias"],

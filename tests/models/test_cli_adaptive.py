@@ -109,7 +109,7 @@ def test_a_segmenter(capsys, tmp_path):
     assert sum(second.encoder.plan.tokens) > sum(first.encoder.plan.tokens)
     status, _, err = run(capsys, "compress", *MODEL, *SHAPE, *common, "--output", tmp_path / "c")
     assert status == 2
-    assert "--num-classes must be given for a Segmenter on vit_tiny_patch16_224, as there is no data" in err
+    assert "--num-classes must be given for a Segmenter on vit_tiny_patch16_224, because there is no data" in err
     status, _, err = run(capsys, "compress", "--model", tmp_path / "dense", *COMMON, "--adaptive", "--output", tmp_path)
     assert status == 2
     assert "holds a Segmenter: give --task segmentation" in err
