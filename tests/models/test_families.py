@@ -297,7 +297,7 @@ def test_models_of_torchvision():
         (
             lambda: TorchvisionTransformer(20, 4, 2, 2, 32, 64, representation_size=8),
             ValueError,
-            "a layer before its head",
+            "head consists of",
         ),
         (
             lambda: transformers_model("Dinov2ForImageClassification"),
