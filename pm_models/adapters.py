@@ -106,8 +106,8 @@ def to_timm(model: nn.Module) -> PlainModel:
     classes = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.partition(".")[0] in _LIBRARIES}
     if {"Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"} & classes:
         raise ValueError(
-            "model's classifier reads more than its class token, the mean of its patches too, and timm has no such "
-            f"pooling: give its backbone, model.{model.base_model_prefix}, and train a new head"
+            "model's classifier also reads the mean of its patches, and timm has no such pooling: pass its backbone, "
+            f"model.{model.base_model_prefix}, and train a new head"
         )
     convert, outputs = next((_MODELS[name] for name in _MODELS if name in classes), (None, None))
     if convert is None:
@@ -137,17 +137,15 @@ def _check_weights(model: nn.Module) -> None:
     """
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1 or "meta" in devices:
-        raise ValueError(
-            f"model is in pieces, on {', '.join(devices)}: load it whole on one device, without device_map"
-        )
+        raise ValueError(f"model is spread over {', '.join(devices)}: load all of it on one device, without device_map")
     for name, value in model.state_dict().items():
         plain = type(value) in (Tensor, nn.Parameter)
         counts = name.endswith(("position_ids", "num_batches_tracked"))
         if not plain or not (value.is_floating_point() or counts):
             kind = value.dtype if plain else type(value).__name__
             raise ValueError(
-                f"model has other weights than floating-point tensors, {name} of {kind}, as a quantised one has: "
-                "convert it as it was before"
+                f"model has weights that are not floating-point tensors ({name} of {kind}), as quantised models have: "
+                "convert the original model"
             )
 
 

@@ -69,7 +69,7 @@ def fit_share(model: nn.Module, share: float) -> AdaptivePlan:
     dense = count_gmacs(model, input_size(model))
     least = gmacs(plans[0]) / dense
     if not least <= share < 1:
-        raise ValueError(f"gmacs must be at least {least:.3g}, the most merging, and below 1, got {share:g}")
+        raise ValueError(f"gmacs must be at least {least:.3g}, by the strongest merging, and below 1, got {share:g}")
     return plans[max(bisect_right(plans, share * dense, key=gmacs), 1) - 1]
 
 

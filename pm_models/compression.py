@@ -29,7 +29,7 @@ class Compression:
     def __post_init__(self) -> None:
         if not isinstance(self.plan, CompressionPlan | AdaptivePlan):
             kind = type(self.plan).__name__
-            raise TypeError(f"plan must be a CompressionPlan, got {kind}; an AdaptivePlan serves too")
+            raise TypeError(f"plan must be a CompressionPlan or an AdaptivePlan, got {kind}")
         for name, choices in (
             ("train_matrices", TRAIN_MATRICES),
             ("merge_site", MERGE_SITES),

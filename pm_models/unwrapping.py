@@ -22,8 +22,8 @@ def unwrapped(model: nn.Module) -> Any:
         hasattr(parameter, "full_tensor") for parameter in model.parameters()
     ):
         raise TypeError(
-            "model has its weights shared out between processes (FSDP); pass one that has loaded all of them, which "
-            "accelerator.get_state_dict gathers"
+            "model has its weights sharded over processes (FSDP); pass a model that has loaded all of them, as "
+            "accelerator.get_state_dict gathers them"
         )
     model = unwrap_model(model)
     forward = vars(model).get("forward")
@@ -36,7 +36,7 @@ def unwrapped(model: nn.Module) -> Any:
     for name, module in model.named_modules():
         if isinstance(module, DataParallel | DistributedDataParallel) or hasattr(module, "_orig_mod"):
             raise TypeError(
-                f"model has a part, {name}, that is a {type(module).__name__}; pass the model as it was before, or "
+                f"model has a part, {name}, that is a {type(module).__name__}; pass the model unwrapped, or "
                 "wrapped as a whole"
             )
     return model

@@ -395,7 +395,7 @@ def compress(
             if not merges_inside(model.blocks[stage.first]):
                 raise ValueError(
                     f"merge_site='attention' needs timm's Block with its Attention, ungated; block {stage.first} is a "
-                    f"{type(model.blocks[stage.first]).__name__} that has another"
+                    f"{type(model.blocks[stage.first]).__name__} without them"
                 )
     return _COMPRESSED_CLASSES[type(model)](copy.deepcopy(model), compression)
 
@@ -426,13 +426,13 @@ def _check_model(model: PlainModel, size_bias: bool) -> None:
         attentions = fusable_attentions(block)
         if size_bias and not attentions:
             raise ValueError(
-                f"size_bias needs timm's Attention in every block, block {index} is a {type(block).__name__} without"
+                f"size_bias needs timm's Attention in every block; block {index}, a {type(block).__name__}, has none"
             )
         for attention in attentions.values():
             if attention.attn_drop.p > 0:
                 raise ValueError(
                     f"model has attention dropout {attention.attn_drop.p} (attn_drop_rate) in block {index}, which "
-                    "no fused kernel does; create it with attn_drop_rate=0"
+                    "no fused kernel supports; create it with attn_drop_rate=0"
                 )
 
 

@@ -200,9 +200,9 @@ def read_file(path: str | os.PathLike, refusal: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     if _PIECE.search(path.name):
-        raise ValueError(f"{path} is of a checkpoint in several files (shards): save the weights as one file first")
+        raise ValueError(f"{path} is one of several files of a checkpoint (shards): save the weights as one file first")
     if path.suffix.lower() in _OTHER_FORMATS:
-        raise ValueError(f"{path} is of a format that is not read: expected .safetensors, or what torch.save wrote")
+        raise ValueError(f"{path} has an unsupported format: expected .safetensors, or what torch.save wrote")
     try:
         with path.open("rb") as file:
             start = file.read(9)

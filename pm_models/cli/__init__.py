@@ -103,8 +103,8 @@ def _without_static(own: Mapping[str, Option], arguments: list[str], values: dic
         return values
     if given:
         raise ValueError(
-            f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes --target-gmacs or "
-            "--target-speedup alone"
+            f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes only --target-gmacs "
+            "or --target-speedup"
         )
     return values
 

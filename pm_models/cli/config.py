@@ -191,7 +191,7 @@ def _value(where: str, arguments: dict[str, Any], value: object) -> object:
             raise ValueError(f"{where} must be true or false, got {value!r}")
         return truth
     if isinstance(value, dict):
-        raise ValueError(f"{where} takes no names and values, got {value!r}")
+        raise ValueError(f"{where} does not take names and values, got {value!r}")
     values = value if isinstance(value, list) else [value] if nargs is None else str(value).replace(",", " ").split()
     if nargs is None:
         fits, expected = not isinstance(value, list), "one value"
@@ -213,7 +213,7 @@ def _value(where: str, arguments: dict[str, Any], value: object) -> object:
 
 def _converted(convert: Callable[[str], object] | None, item: object) -> object:
     if isinstance(item, bool):
-        raise ValueError(f"takes no true or false, got {item!r}; a word stands in quotes")
+        raise ValueError(f"does not take true or false, got {item!r}; quote it if it is a word")
     if convert is None:
         return str(item)
     return convert(str(int(item) if isinstance(item, float) and item.is_integer() else item))

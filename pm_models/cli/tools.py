@@ -155,4 +155,4 @@ def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:
 
 def _check_new(output: Path) -> None:
     if output.exists():
-        raise FileExistsError(f"{output} is there already; choose another --output, or delete it")
+        raise FileExistsError(f"{output} exists already; choose another --output, or delete it")

@@ -35,7 +35,7 @@ class FolderImages(Dataset):
         files = {folder.name: entries(folder.path) for folder in _class_folders(root)}
         for name, inside in files.items():
             if nested := [entry.name for entry in inside if entry.is_dir()]:
-                raise ValueError(f"{root / name} holds folders ({first_names(nested)}), not images alone; {_EXPECTED}")
+                raise ValueError(f"{root / name} holds folders ({first_names(nested)}), not only images; {_EXPECTED}")
             for entry in inside:
                 check_is_image(entry.path)
         if not any(files.values()):

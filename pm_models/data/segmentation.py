@@ -85,7 +85,7 @@ class SegmentationImages(Dataset):
         self._layout = _layout_of(root, num_classes)
         self.num_classes = num_classes or self._layout.num_classes
         if self.num_classes is None:
-            raise ValueError(f"num_classes must be given for {root}, whose folders do not tell it")
+            raise ValueError(f"num_classes must be given for {root}, because its folders do not determine it")
         images = split_folder(root / self._layout.images, split, "<image>")
         self.label_folder = root / self._layout.labels / images.name
         paths = sorted(Path(path) for path in files_below(images))

@@ -326,7 +326,7 @@ def test_options_from_a_file(capsys, data, tmp_path):
         ("epochs: [3]", "epochs takes one value, got [3]"),
         ("scale: 0.3", "scale takes 2 values, got 0.3"),
         ("scale: [1]", "scale takes 2 values, got [1]"),
-        ("lr: {a: 1}", "lr takes no names and values"),
+        ("lr: {a: 1}", "lr does not take names and values"),
         ("model_ema: 3", "model_ema must be true or false, got 3"),
         ("lr_base_scale: cubic", "lr_base_scale must be one of linear, sqrt, got 'cubic'"),
     ],

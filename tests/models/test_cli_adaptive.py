@@ -129,7 +129,7 @@ def test_a_model_that_is_compressed_already(capsys, tmp_path):
     [
         (["--target-gmacs", "1e-9"], "target_gmacs must be at least .*, with the fewest tokens, got 1e-09"),
         (["--target-speedup", "0.9"], "target_speedup must be above 1, got 0.9"),
-        (["--stages", "0-1"], "--stages cannot be given with --adaptive, which takes --target-gmacs or"),
+        (["--stages", "0-1"], "--stages cannot be given with --adaptive, which takes only --target-gmacs or"),
         (["--keep-rate", "0.5"], "--keep-rate cannot be given with --adaptive"),
         (["--shortcut=pruned", "--alloc", "global", "--score-batches", "16"],  # as they are without
          "--score-batches, --allocation, --shortcut cannot be given with --adaptive"),

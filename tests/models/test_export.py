@@ -293,7 +293,7 @@ def test_the_command(capsys, tmp_path):
         expected = load_pretrained(tmp_path / "small")(images)
         torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(images), expected)
     assert main(arguments) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["export", "--model", "nowhere", "--format", "pt2", "--output", str(tmp_path / "n")]) == 2
     assert "nowhere is not a saved model" in capsys.readouterr().err
 

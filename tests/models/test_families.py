@@ -302,7 +302,7 @@ def test_models_of_torchvision():
         (
             lambda: transformers_model("Dinov2ForImageClassification"),
             ValueError,
-            "classifier reads more .* model.dinov2",
+            "classifier also reads .* model.dinov2",
         ),
         (lambda: transformers_model("ViTModel", hidden_act="tanh"), ValueError, "hidden_act 'tanh', expected one of"),
         (lambda: _doubled(transformers_model("ViTModel")), ValueError, "does not compute the same as timm's"),

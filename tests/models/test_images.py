@@ -315,7 +315,7 @@ LAYOUTS = {
                   " has no folder train or training, only cat, dog; expected {root}/train/<class>/<image>, one"),
     "no splits, flat": (("0.png", "1.png"), " has no folder train or training, only 0.png, 1.png; expected"),
     "one split": (BOTH[:2], " has no folder validation or val or valid or eval or evaluation or test, only train"),
-    "nested": ((*BOTH, "train/dog/old/0.png"), "/train/dog holds folders (old), not images alone; expected <class>"),
+    "nested": ((*BOTH, "train/dog/old/0.png"), "/train/dog holds folders (old), not only images; expected <class>"),
     "an empty class": ((*BOTH, "train/bird/", "train/ape/"), "/train has class folders without images (ape, bird)"),
     "hidden files alone": ((*BOTH, "train/bird/.0.png"), "/train has class folders without images (bird)"),
     "no images": (("train/cat/", "train/dog/"), "Found 0 images in subfolders of {root}/train; expected <class>"),

@@ -196,7 +196,7 @@ REFUSED = {
         "several files",
     ),
     "an index": (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "several files"),
-    "JAX": (lambda path: (path / "x.msgpack").touch(), "x.msgpack is of a format that is not read"),
+    "JAX": (lambda path: (path / "x.msgpack").touch(), "x.msgpack has an unsupported format"),
     "no weights": (lambda path: torch.save({"epoch": 3}, path / "x.pth"), "x.pth holds no weights"),
     "other keys": (lambda path: torch.save({3: torch.ones(1)}, path / "x.pth"), "x.pth holds no weights"),
     "itself": (lambda path: _save_itself(path / "x.pth"), "x.pth holds no weights"),
