@@ -1,4 +1,4 @@
-"""Vision Transformers of other libraries as timm's, with the same weights: torchvision's and Hugging Face's."""
+"""Convert the Vision Transformers of torchvision and Hugging Face to timm's, with the same weights."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Names of weights elsewhere, as patterns, and timm's.
+# Patterns of other libraries' names of weights, and timm's names.
 _NAMES = (
     # torchvision
     (r"^class_token$", "cls_token"),
@@ -57,12 +57,12 @@ _NAMES = (
     (r"^pre_layrnorm\.", "norm_pre."),
     (r"^(layernorm|post_layernorm)\.", "norm."),
 )
-# Weights that timm's forward does not use, and those of heads, which are read as modules.
+# Weights that timm's forward does not use, and those of heads, which are read from their modules.
 _LEFT_OUT = re.compile(
     r"^(pooler|text_model|text_projection|decoder|rope_embeddings|heads|classifier|\w+_classifier|visual_projection)\.|^logit_"
     r"|^embeddings\.(mask_token|position_ids)$"
 )
-_HEADS = {  # attributes of the models, and timm's names
+_HEADS = {  # attributes of the models, and timm's names for them
     "heads": "head",
     "classifier": "head",
     "cls_classifier": "head",
@@ -72,29 +72,32 @@ _HEADS = {  # attributes of the models, and timm's names
 
 _LIBRARIES = ("transformers", "torchvision")
 Weights = dict[str, Tensor]
-Conversion = tuple[str, dict[str, object]]  # the name of a timm model, and arguments that its weights do not tell
+Conversion = tuple[
+    str, dict[str, object]
+]  # the name of a timm model, and arguments that cannot be derived from weights
 
 
 def to_timm(model: nn.Module) -> PlainModel:
-    """A timm VisionTransformer or Eva with a copy of the weights of another library's, which computes the same.
+    """A timm VisionTransformer or Eva that computes the same as another library's model, with a copy of its weights.
 
     Takes torchvision's ``VisionTransformer``, whose attention is ``nn.MultiheadAttention``, and Hugging Face's ViT,
     DeiT, ViT-MAE, ViT-MSN, DINOv2 with and without registers, DINOv3, and the vision towers of CLIP and SigLIP, alone
-    or in the whole model. Images have the size that the given model was made for.
+    or within the whole model. The image size is that of the given model.
 
-    Models without a head become timm models of ``num_classes=0``, whose ``forward_features`` gives the last hidden
-    state, CLIP's after its last norm; a pooler that nothing was trained with is left out. The projection of CLIP
-    becomes the head, without a bias.
+    Models without a head become timm models with ``num_classes=0``, whose ``forward_features`` gives the last hidden
+    state (for CLIP after its last norm); untrained poolers are left out. CLIP's projection becomes the head, without a
+    bias.
 
     Args:
-        model: it is left as it was. Of a wrapper (``torch.compile``, accelerate, ...), the model inside is taken.
+        model: the model to convert, which is left as it was. Of a wrapper (``torch.compile``, accelerate, ...), the
+            model inside is converted.
 
     Returns:
-        The model on the same device, in the same dtype, in evaluation mode. It was run beside the given one.
+        The timm model on the same device, in the same dtype, in evaluation mode. Both were run and compared.
 
     Raises:
         TypeError: the model is of another class.
-        ValueError: it has a part that timm's has not, it is quantised, in pieces or has adapters that are not merged,
+        ValueError: it has a part that timm's model lacks, is quantised, spread over devices or has unmerged adapters,
             or the two do not compute the same.
     """
     model = unwrapped(model)
@@ -103,8 +106,8 @@ def to_timm(model: nn.Module) -> PlainModel:
     classes = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.partition(".")[0] in _LIBRARIES}
     if {"Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"} & classes:
         raise ValueError(
-            "model's classifier reads more than its class token, the mean of its patches too, and timm has no such "
-            f"pooling: give its backbone, model.{model.base_model_prefix}, and train a new head"
+            "model's classifier also reads the mean of its patches, and timm has no such pooling: pass its backbone, "
+            f"model.{model.base_model_prefix}, and train a new head"
         )
     convert, outputs = next((_MODELS[name] for name in _MODELS if name in classes), (None, None))
     if convert is None:
@@ -127,29 +130,27 @@ def to_timm(model: nn.Module) -> PlainModel:
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuse weights that are not plain tensors in one place.
+    """Refuse weights that are not plain tensors on one device.
 
     Raises:
         ValueError: saying what to do first.
     """
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1 or "meta" in devices:
-        raise ValueError(
-            f"model is in pieces, on {', '.join(devices)}: load it whole on one device, without device_map"
-        )
+        raise ValueError(f"model is spread over {', '.join(devices)}: load all of it on one device, without device_map")
     for name, value in model.state_dict().items():
         plain = type(value) in (Tensor, nn.Parameter)
         counts = name.endswith(("position_ids", "num_batches_tracked"))
         if not plain or not (value.is_floating_point() or counts):
             kind = value.dtype if plain else type(value).__name__
             raise ValueError(
-                f"model has other weights than floating-point tensors, {name} of {kind}, as a quantised one has: "
-                "convert it as it was before"
+                f"model has weights that are not floating-point tensors ({name} of {kind}), as quantised models have: "
+                "convert the original model"
             )
 
 
 def _config(model: nn.Module) -> object:
-    """The configuration of a model of transformers, or of its images' part; torchvision's as it would say it."""
+    """The configuration of a transformers model or its vision part; for torchvision's model, one of the same form."""
     if hasattr(model, "config"):
         return getattr(model.config, "vision_config", model.config)
     if not isinstance(model.conv_proj, nn.Conv2d):
@@ -163,7 +164,7 @@ def _config(model: nn.Module) -> object:
     )
 
 
-# What a family of models is in timm. Weights, by timm's names, change in place.
+# The timm model of each family. Weights, under timm's names, are changed in place.
 
 
 def _vit(config: object, weights: Weights, name: str = "vit_base_patch16_224") -> Conversion:
@@ -174,7 +175,7 @@ def _vit(config: object, weights: Weights, name: str = "vit_base_patch16_224") -
 
 def _deit(config: object, weights: Weights) -> Conversion:
     if "head.weight" in weights and "head_dist.weight" not in weights:
-        # timm averages the heads of both tokens, and here only the class token has one.
+        # timm averages the heads of both tokens, but here only the class token has one.
         for kind in ("weight", "bias"):
             weights[f"head.{kind}"] = 2 * weights[f"head.{kind}"]
             weights[f"head_dist.{kind}"] = torch.zeros_like(weights[f"head.{kind}"])
@@ -196,7 +197,7 @@ def _dinov2(config: object, weights: Weights) -> Conversion:
 
 def _dinov3(config: object, weights: Weights) -> Conversion:
     gated = config.use_gated_mlp
-    activation = "silu" if gated else "gelu"  # the ones that timm's Eva has
+    activation = "silu" if gated else "gelu"  # those of timm's Eva
     if config.hidden_act != activation:
         raise ValueError(f"model has hidden_act {config.hidden_act!r}, expected {activation!r}")
     for name in list(weights):
@@ -205,7 +206,7 @@ def _dinov3(config: object, weights: Weights) -> Conversion:
         renamed = renamed if gated else renamed.replace(".mlp.up_proj.", ".mlp.fc1.")
         weights[renamed] = weights.pop(name)
         if renamed.endswith(".attn.k.bias") and weights.pop(renamed).any():
-            raise ValueError("model has biases of its keys (key_bias), which timm's Eva has not")
+            raise ValueError("model has key biases (key_bias), which timm's Eva lacks")
     registers = weights["reg_token"].shape[1]
     if not registers:
         del weights["reg_token"]
@@ -246,7 +247,7 @@ def _siglip_classifier(config: object, weights: Weights) -> Conversion:
     return _siglip(config, weights)
 
 
-# What a model makes of images: its normalised tokens, and what timm's forward gives; None is not compared.
+# A model's normalised tokens and the output to compare with timm's forward; None is not compared.
 Outputs = Callable[[nn.Module, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
@@ -281,7 +282,7 @@ def _unmasked(model: nn.Module, images: Tensor) -> tuple[Tensor, None]:
         config.mask_ratio = ratio
 
 
-# By the classes' names, as transformers need not be installed.
+# By class names, because transformers need not be installed.
 _MODELS: dict[str, tuple[Callable[[object, Weights], Conversion], Outputs]] = {
     "VisionTransformer": (_vit, _logits),  # torchvision's
     "ViTModel": (_vit, _hidden),
@@ -309,7 +310,7 @@ _MODELS: dict[str, tuple[Callable[[object, Weights], Conversion], Outputs]] = {
 
 
 def _renamed(model: nn.Module) -> Weights:
-    """The model's weights by timm's names, with those of its heads."""
+    """The model's weights under timm's names, including those of its heads."""
     renamed = {}
     for name, value in model.state_dict().items():
         for pattern, replacement in _NAMES:
@@ -335,12 +336,12 @@ def _linear(head: nn.Module | None) -> nn.Linear | None:
     layers = [module for module in modules if not isinstance(module, (nn.Identity, nn.Dropout, nn.Sequential))]
     if len(layers) > 1 or not all(isinstance(layer, nn.Linear) for layer in layers):
         kinds = ", ".join(type(layer).__name__ for layer in layers)
-        raise ValueError(f"model has a layer before its head ({kinds}), which timm's has not: it is one Linear")
+        raise ValueError(f"model's head consists of {kinds}, but timm's is a single Linear")
     return layers[0] if layers else None
 
 
 def _pack_projections(weights: Weights) -> None:
-    """Queries', keys' and values' projections as one, and a gated MLP's two, in place."""
+    """Pack the projections to queries, keys and values into one, and a gated MLP's two likewise, in place."""
     packed = {"attn.q.": ("attn.qkv.", "attn.k.", "attn.v."), "mlp.gate_proj.": ("mlp.fc1.", "mlp.up_proj.")}
     for name in list(weights):
         for first, (whole, *others) in packed.items():
@@ -368,6 +369,6 @@ def _check_same(model: nn.Module, converted: PlainModel, outputs: Outputs) -> No
         if not error <= torch.finfo(like.dtype).eps ** 0.5:
             name = converted.pretrained_cfg["architecture"]
             raise ValueError(
-                f"{kind} computes something else than timm's {name} with its weights: they differ by {error:.2g} of "
-                "the greatest value"
+                f"{kind} does not compute the same as timm's {name} with its weights: they differ by {error:.2g} of "
+                "the largest value"
             )

@@ -1,7 +1,8 @@
-"""When a model merges its tokens by what is in each image, and down to how many."""
+"""Before which blocks a model merges the tokens that are most alike in each image, and how many are left."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -9,8 +10,8 @@ from pm_kernels.reference import fewest_tokens
 
 from .plan import Plan, as_integer
 
-# Where a model of twelve blocks merges: early, as only the blocks after a merge gain by it, and with time between
-# merges for the tokens to take up what they became.
+# Where a model of twelve blocks merges: early, because only the blocks after a merge gain by it, and a few blocks
+# apart, so that merged tokens can mix with the others in between.
 _MERGES_OF_TWELVE = (1, 3, 5, 8)
 
 
@@ -21,20 +22,18 @@ class AdaptivePlan(Plan):
     Which tokens merge is decided image by image, see :func:`pm_kernels.match_tokens`.
 
     Args:
-        grid: patches as (rows, columns). On another grid the numbers of patches that are left scale with it.
+        grid: patches as (rows, columns). On another grid the numbers of tokens scale with the number of patches.
         depth: blocks of the model.
         num_prefix_tokens: tokens before the patches (class, distillation, registers); they never merge.
         merges: {block: tokens from that block on, prefix tokens included}.
         rounds, root_sizes: of each merge, as in :func:`pm_kernels.match_tokens`.
 
     Raises:
-        ValueError: a field is out of range, or a merge leaves more tokens than there were, or fewer than it can.
+        ValueError: a field is out of range, or a merge would leave more tokens than there are, or fewer than its rounds
+            can reach.
     """
 
     kind = "adaptive"
-    grid: tuple[int, int]
-    depth: int
-    num_prefix_tokens: int
     merges: Mapping[int, int]
     rounds: int = 2
     root_sizes: bool = False
@@ -67,32 +66,33 @@ class AdaptivePlan(Plan):
 
     @classmethod
     def for_model(cls, model: nn.Module, gmacs: float = 0.62) -> "AdaptivePlan":
-        """The plan by which a model needs a share of its GMACs: four merges, each of the same share of the patches.
+        """The plan that brings a model to a share of its GMACs: four merges, each to the same share of the patches.
 
-        They stand before blocks 1, 3, 5 and 8 of twelve, and accordingly in a deeper model; one of fewer blocks has the
-        first ones alone, a merge for three blocks. Each has three rounds, and the square roots of sizes in its costs.
+        Of twelve blocks they stand before 1, 3, 5 and 8, in a deeper model at the corresponding depths. A model of
+        fewer blocks has only the first of them, one for every three blocks. Each merge takes three rounds, and square
+        roots of sizes in its costs.
 
         Args:
             model: a timm VisionTransformer or Eva, or a :class:`~pm_models.Segmenter`, uncompressed.
-            gmacs: multiply-accumulates of one image, over those of the uncompressed model; the plan has at most so
-                many, those of the matching included.
+            gmacs: the largest share of the uncompressed model's multiply-accumulates that one image may take; those of
+                the matching count.
 
         Raises:
-            ValueError: the share is not between what the most merging leaves and 1.
+            ValueError: ``gmacs`` is not between the share that the strongest merging leaves and 1.
         """
-        from .budget import fit_share  # which builds models, and models have plans
+        from .budget import fit_share  # imported here: it builds models, which import this module
 
         return fit_share(model, gmacs)
 
     @classmethod
     def candidates(
-        cls, encoder: nn.Module, blocks: Sequence[int] | None = None, *, rounds: int = 3, root_sizes: bool = True
+        cls, encoder: Any, blocks: Sequence[int] | None = None, *, rounds: int = 3, root_sizes: bool = True
     ) -> list["AdaptivePlan"]:
-        """Plans of even merges for a Vision Transformer, the fewest tokens first.
+        """Plans for a Vision Transformer whose merges all leave the same share of patches, the fewest tokens first.
 
         Args:
             encoder: a timm VisionTransformer or Eva.
-            blocks: which they stand before; ``None``: as in :meth:`for_model`.
+            blocks: the blocks to merge before; ``None``: as in :meth:`for_model`.
             rounds, root_sizes: of each merge.
 
         Raises:
@@ -113,7 +113,7 @@ class AdaptivePlan(Plan):
             }
             try:
                 plans.append(cls(grid, depth, prefix, merges, rounds=rounds, root_sizes=root_sizes))
-            except ValueError:  # more than the rounds can merge
+            except ValueError:  # fewer tokens than the rounds can reach
                 continue
         return plans
 
@@ -123,7 +123,7 @@ class AdaptivePlan(Plan):
         return tuple(self.tokens_of(self.num_patches))
 
     def tokens_of(self, patches: int) -> list[int]:
-        """Tokens that each block runs on where an image has so many patches: the plan's, scaled."""
+        """Tokens that each block runs on in an image of ``patches`` patches: the plan's numbers, scaled."""
         prefix, left, tokens = self.num_prefix_tokens, patches, []
         for block in range(self.depth):
             if block in self.merges:
@@ -133,10 +133,9 @@ class AdaptivePlan(Plan):
         return tokens
 
     def resize(self, grid: tuple[int, int]) -> "AdaptivePlan":
-        """The plan for another grid, with as large a share of the patches left."""
-        grid = tuple(grid)
+        """The plan for another grid, which leaves the same shares of the patches."""
         tokens = self.tokens_of(grid[0] * grid[1])
-        return replace(self, grid=grid, merges={block: tokens[block] for block in self.merges})
+        return replace(self, grid=(grid[0], grid[1]), merges={block: tokens[block] for block in self.merges})
 
     def _fields(self) -> dict:
         merges = {str(block): tokens for block, tokens in self.merges.items()}

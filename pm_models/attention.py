@@ -15,17 +15,17 @@ from .modules import is_touched
 
 
 class FusedAttention(nn.Module):
-    """A timm attention that attends through :func:`pm_kernels.fused_merge_attention`; :func:`fuse` makes one.
+    """A timm attention that runs :func:`pm_kernels.fused_merge_attention`; :func:`fuse` makes one.
 
-    It takes over the given attention's modules (they are shared, not copied), so parameter names stay timm's.
+    It shares the given attention's modules, so parameter names stay timm's.
 
     Args:
         attention: the attention to take over.
         key_bias: (N,), added to the logits of every query and head.
-        token_gate: (N,), multiplies the columns of the attention matrix; its gradient is the tokens' score.
+        token_gate: (N,), multiplies the columns of the attention matrix; its gradient is the tokens' scores.
 
     Raises:
-        ValueError: the attention drops attention weights at random, which no fused kernel does.
+        ValueError: the attention has dropout on its weights, which no fused kernel supports.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class FusedAttention(nn.Module):
             raise ValueError(f"attention dropout must be 0 (attn_drop_rate of the model), got {attention.attn_drop.p}")
         nn.Module.__init__(self)
         self.__dict__.update(attention.__dict__)
-        # Buffers are kept in containers of its own, so that the given attention does not see the one added here.
+        # Its own containers of buffers, so that the given attention does not get the one added here.
         self._buffers = dict(attention._buffers)
         self._non_persistent_buffers_set = set(attention._non_persistent_buffers_set)
         key_bias = None if key_bias is None else key_bias.to(self.proj.weight)
@@ -43,7 +43,7 @@ class FusedAttention(nn.Module):
         self.token_gate = token_gate
 
     def options(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, object]:
-        """For the kernel. A mask that is the same for every query, (B, 1 or H, 1, keys), is a bias of the keys."""
+        """The kernel's options. A mask that is the same for all queries, (B, 1 or H, 1, keys), becomes a key bias."""
         bias = self.key_bias
         if (
             isinstance(attn_mask, Tensor)
@@ -59,7 +59,7 @@ class FusedAttention(nn.Module):
 
     @property
     def takes_rows(self) -> bool:
-        """Whether it can be given the rows to compute and, apart from them, what they attend to."""
+        """Whether the rows to compute and the tokens that they attend to can be given separately."""
         return True
 
     def _finish(self, out: Tensor, output_gate: Tensor | None) -> Tensor:
@@ -73,7 +73,7 @@ class PMAttention(FusedAttention, Attention):
 
     @property
     def takes_rows(self) -> bool:
-        return type(self.qkv) is nn.Linear  # whose weights can be taken apart
+        return type(self.qkv) is nn.Linear  # its weights can be split
 
     def forward(
         self,
@@ -84,9 +84,9 @@ class PMAttention(FusedAttention, Attention):
         attended: Tensor | None = None,
         merge: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D); of masks only one that biases keys is taken, as merged tokens have no others.
+        """(B, N, D) -> (B, N, D). The only mask accepted is one that biases keys: merged tokens have no others.
 
-        ``attended`` (B, M, D) gives the keys and values where they are not x's: only x's rows are computed.
+        ``attended`` (B, M, D) gives the keys and values if they are not x's; only x's rows are computed.
         ``merge`` (C, N) merges queries, keys and values: (B, N, D) -> (B, C, D).
         """
         options = self.options(attn_mask, is_causal)
@@ -109,14 +109,14 @@ class PMAttention(FusedAttention, Attention):
         return packed.unflatten(-1, (-1, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _split_projection(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of the queries' projection, and of the keys' and values'."""
+        """Weight and bias of the projection to queries, then of that to keys and values."""
         sizes = [self.num_heads * self.head_dim, 2 * self.num_heads * self.head_dim]
         biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
         return zip(self.qkv.weight.split(sizes), biases, strict=True)
 
 
 class RotaryAttention(FusedAttention):
-    """What timm's two attentions with rotary positions have in common, on the fused kernel."""
+    """Base class of timm's two attentions with rotary positions on the fused kernel."""
 
     def forward(
         self,
@@ -127,10 +127,10 @@ class RotaryAttention(FusedAttention):
         *,
         attended: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``rope`` (N - P, 2 * d), (H, ...) or (B, H, ...) is of all but P prefix tokens.
+        """(B, N, D) -> (B, N, D). ``rope`` (N - P, 2 * d), (H, ...) or (B, H, ...) is for all but the P prefix tokens.
 
-        ``attended`` (B, M, D) gives the keys and values where they are not x's: only x's rows, which are prefix tokens,
-        are computed.
+        ``attended`` (B, M, D) gives the keys and values if they are not x's; only x's rows, which must be prefix
+        tokens, are computed.
         """
         options = self.options(attn_mask, is_causal)
         q, k, v = self._heads(x)
@@ -141,7 +141,7 @@ class RotaryAttention(FusedAttention):
             q = (q if attended is not None else self._rotated(q, rope)).type_as(v)
             k = self._rotated(k, rope).type_as(v)
         groups = getattr(self, "num_kv_groups", 1)
-        if groups > 1:  # each head of keys and values serves several of queries
+        if groups > 1:  # several query heads share a head of keys and values
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out = fused_merge_attention(q, k, v, **options)
         return self._finish(out, None if self.gate is None else torch.sigmoid(self.gate(x)))
@@ -180,22 +180,22 @@ _FUSED: dict[type[nn.Module], type[FusedAttention]] = {
 
 
 def fuse(attention: nn.Module, **options: Tensor | None) -> FusedAttention:
-    """One of timm's attentions, or one that is fused already, as :class:`FusedAttention` with ``options``."""
+    """Make a :class:`FusedAttention` with ``options`` from one of timm's attentions or one that is fused already."""
     return _FUSED.get(type(attention), type(attention))(attention, **options)
 
 
 def merges_inside(block: nn.Module) -> bool:
-    """Whether the block can merge inside its attention: timm's plain Block and Attention, without output gate."""
+    """Whether the block can merge inside its attention: it is timm's plain Block with Attention, ungated."""
     attention = getattr(block, "attn", None)
     return type(block) is Block and type(attention) is Attention and getattr(attention, "gate", None) is None
 
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Accept the mask arguments that timm passes everywhere, and refuse them where they are set.
+    """Refuse the mask arguments that timm passes everywhere, unless they are unset.
 
     Raises:
-        ValueError: a mask or causality is asked for.
-        TypeError: the model is traced by ``torch.fx``, which makes symbols of all arguments.
+        ValueError: a mask or causality is requested.
+        TypeError: the model is traced by ``torch.fx``, which replaces all arguments by symbols.
     """
     if isinstance(attn_mask, torch.fx.Proxy):
         raise TypeError(
@@ -213,17 +213,18 @@ def fusable_attentions(block: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in block.named_modules()
-        if type(module) in _FUSED and "forward" not in vars(module)  # a forward of its own is no attention of timm's
+        if type(module) in _FUSED
+        and "forward" not in vars(module)  # with a replaced forward it is no longer timm's attention
     }
 
 
 def fused_attentions(block: nn.Module) -> dict[str, FusedAttention]:
-    """The block's attentions that are taken over already, by module name."""
+    """The block's attentions that are fused already, by module name."""
     return {name: module for name, module in block.named_modules() if isinstance(module, FusedAttention)}
 
 
 def plain_attention(attention: FusedAttention) -> nn.Module:
-    """timm's attention with the same modules, which are shared."""
+    """timm's plain attention with the same modules, which are shared."""
     plain_class = next(plain for plain, fused in _FUSED.items() if fused is type(attention))
     plain = plain_class.__new__(plain_class)
     nn.Module.__init__(plain)

@@ -1,4 +1,4 @@
-"""Plans for a budget: of an ordered list, the one whose compressed model has given GMACs, or a given speed on a device.
+"""Plans for a budget: from an ordered list, the plan whose model has given GMACs, or a given speed on a device.
 
 The list is :class:`KeepRates`, or :meth:`AdaptivePlan.candidates <pm_models.AdaptivePlan.candidates>`.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adaptive_plan import AdaptivePlan
 from .measure import alternate, count_gmacs
@@ -23,12 +23,13 @@ _ROUNDS = 8
 
 
 class KeepRates(Sequence[CompressionPlan]):
-    """The plans of all keep rates that differ, from one patch a block on; each is made when it is asked for.
+    """The plans of all distinct keep rates, starting at one patch per block; each is made when it is first asked for.
 
     Args:
-        make_plan: a plan by its keep rate, such as :meth:`CompressionPlan.from_scores` with all else given.
-        patches: of the model.
-        prune_rate: that of ``make_plan``, which bounds the keep rate.
+        make_plan: makes the plan of a keep rate, such as :meth:`CompressionPlan.from_scores` with its other arguments
+            bound.
+        patches: number of patches of the model.
+        prune_rate: the one that ``make_plan`` uses; it bounds the keep rate.
     """
 
     def __init__(self, make_plan: Callable[[float], CompressionPlan], patches: int, prune_rate: float) -> None:
@@ -49,7 +50,7 @@ class Fit(NamedTuple):
     Args:
         plan: the plan.
         index: its place in the list that it was chosen from.
-        value: GMACs of one image, or the measured speed in times the uncompressed model's.
+        value: GMACs of one image, or the measured speed as a multiple of the uncompressed model's.
     """
 
     plan: Plan
@@ -57,32 +58,32 @@ class Fit(NamedTuple):
     value: float
 
 
-def fit_share(model: Model, share: float) -> AdaptivePlan:
-    """The :class:`~pm_models.AdaptivePlan` of most tokens whose model has at most a share of the GMACs.
+def fit_share(model: nn.Module, share: float) -> AdaptivePlan:
+    """The :class:`~pm_models.AdaptivePlan` with the most tokens whose model has at most a share of the GMACs.
 
     Raises:
-        ValueError: the share is not between what the most merging leaves and 1.
+        ValueError: the share is not between what the strongest merging leaves and 1.
     """
     model = unwrapped(model)
     plans, gmacs = AdaptivePlan.candidates(encoder_of(model)), _counting(model, partial(compressed, model))
     dense = count_gmacs(model, input_size(model))
     least = gmacs(plans[0]) / dense
     if not least <= share < 1:
-        raise ValueError(f"gmacs must be at least {least:.3g}, the most merging, and below 1, got {share:g}")
+        raise ValueError(f"gmacs must be at least {least:.3g}, by the strongest merging, and below 1, got {share:g}")
     return plans[max(bisect_right(plans, share * dense, key=gmacs), 1) - 1]
 
 
 def fit_gmacs(model: Model, plans: Sequence[Plan], make_model: Callable[[Plan], Model], target: float) -> Fit:
-    """The plan of most tokens whose compressed model has at most ``target`` GMACs an image.
+    """The plan with the most tokens whose compressed model has at most ``target`` GMACs per image.
 
     Args:
         model: the uncompressed model.
-        plans: those to choose from, at least one, from the fewest tokens on.
-        make_model: the compressed model of a plan, such as :func:`compress` with all else given.
+        plans: the plans to choose from, at least one, in ascending order of tokens.
+        make_model: makes the compressed model of a plan, such as :func:`compress` with its other arguments bound.
         target: billions of multiply-accumulates of one image.
 
     Raises:
-        ValueError: no plan has as few, or the uncompressed model has no more.
+        ValueError: even the smallest plan has more, or the uncompressed model has no more.
     """
     model = unwrapped(model)
     dense, gmacs = count_gmacs(model, input_size(model)), _counting(model, make_model)
@@ -95,7 +96,7 @@ def fit_gmacs(model: Model, plans: Sequence[Plan], make_model: Callable[[Plan], 
 
 
 def _counting(model: Model, make_model: Callable[[Plan], Model]) -> Callable[[Plan], float]:
-    """GMACs of an image by the plan, each counted once."""
+    """A function from a plan to the GMACs of an image, which counts each plan once."""
     return cache(lambda plan: count_gmacs(make_model(plan), input_size(model)))
 
 
@@ -108,17 +109,17 @@ def fit_speedup(
 ) -> Fit:
     """The plan whose compressed model is nearest to ``target`` times as fast on the images' device.
 
-    A plan's speed is estimated from a table of the blocks' time against tokens, which is measured once. The compressed
-    model of the plan that fits is then measured, and the estimates are corrected by what it gives, up to four times.
+    Speeds are estimated from a table of the blocks' time against the number of tokens, measured once. The model of the
+    plan that fits is then measured itself, and the estimates are corrected by the result, up to four times.
 
     Args:
         model: the uncompressed model, in evaluation mode on the images' device.
         plans, make_model: as in :func:`fit_gmacs`.
-        target: throughput in inference, in times the uncompressed model's.
-        images: (B, C, H, W), the batch to be fast at.
+        target: throughput in inference, as a multiple of the uncompressed model's.
+        images: (B, C, H, W), the batch to measure on.
 
     Raises:
-        ValueError: the target is not above 1, or the fewest tokens are not as fast.
+        ValueError: the target is not above 1, or even the fewest tokens are not that fast.
     """
     if target <= 1:
         raise ValueError(f"target_speedup must be above 1, got {target:g}")
@@ -131,13 +132,13 @@ def fit_speedup(
     correction, fits = 1.0, {}
     for _ in range(4):
         goal = target / correction
-        within = bisect_right(range(len(plans)), -goal, key=lambda index: -estimate(index))  # how many are as fast
+        within = bisect_right(range(len(plans)), -goal, key=lambda index: -estimate(index))  # how many are fast enough
         if not within:
             raise ValueError(
                 f"target_speedup must be at most about {estimate(0) * correction:.3g} at batch {len(images)} on "
                 f"{images.device.type}, with the fewest tokens, got {target:g}"
             )
-        # The one after them is slower than the goal, and may be nearer to it.
+        # The next plan is slower than the goal, but may be nearer to it.
         nearest = range(len(plans))[within - 1 : within + 1]
         index = min(nearest, key=lambda index, goal=goal: abs(estimate(index) - goal))
         if index in fits:
@@ -154,8 +155,8 @@ class LatencyTable(NamedTuple):
     """The time of a model's blocks against the number of tokens, on one device at one batch.
 
     Args:
-        tokens: ascending, the last is all tokens.
-        seconds: of all blocks, each on so many tokens.
+        tokens: ascending; the last entry is all tokens.
+        seconds: of all blocks together, each on that many tokens.
         rest: seconds of everything else in the model.
     """
 
@@ -164,7 +165,7 @@ class LatencyTable(NamedTuple):
     rest: float
 
     def speedup(self, plan: Plan) -> float:
-        """The estimated speed of the plan's model, in times that of all tokens."""
+        """The estimated speed of the plan's model, as a multiple of the speed on all tokens."""
         blocks = np.interp(plan.tokens, self.tokens, self.seconds).mean().item()
         return (self.rest + self.seconds[-1]) / (self.rest + blocks)
 

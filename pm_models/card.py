@@ -1,11 +1,13 @@
-"""The model card that stands beside a saved model."""
+"""The model card that is saved with a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .compression import OPTIONS, Compression
 from .measure import count_gmacs
-from .models import Model, compression_of, encoder_of, input_size, uncompressed
+from .models import compression_of, encoder_of, input_size, uncompressed
+from .plan import CompressionPlan
 from .tables import compare, tokens_per_block
 
 _LIBRARY = "library_name: pm-vit"
@@ -30,15 +32,15 @@ model = load_pretrained("this folder")
 ```
 {results}"""
 _METHOD = "\nIts tokens are compressed by [Prune and Merge](https://arxiv.org/abs/2503.23455).\n"
-_ADAPTIVE = "\nBefore some of its blocks the tokens of an image that are most alike merge into their means.\n"
+_ADAPTIVE = "\nBefore some of its blocks, the tokens that are most alike in each image merge into their means.\n"
 
 
-def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) -> str:
-    """Markdown with a head that model hubs read: plan, rates, GMACs, and results where there are any.
+def model_card(model: Any, architecture: str, results: Mapping[str, Mapping]) -> str:
+    """Markdown with a header that model hubs read: plan, rates, GMACs, and results if there are any.
 
     Args:
-        model: what is saved.
-        architecture: the name that it is made under.
+        model: the saved model.
+        architecture: its name in timm's registry.
         results: rows as :func:`pm_models.tables.compare` takes them; may be empty.
     """
     compression, size = compression_of(model), input_size(model)
@@ -68,14 +70,14 @@ def model_card(model: Model, architecture: str, results: Mapping[str, Mapping]) 
 
 
 def replaces_card(path: Path) -> bool:
-    """Whether a card may be written there: not where a person wrote another text."""
+    """Whether a card may be written to this path: not over a text that a person wrote."""
     return not path.is_file() or _LIBRARY in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _facts(compression: Compression) -> dict[str, str]:
     plan = compression.plan
     facts = {"Tokens before compression": str(plan.num_tokens), "Tokens per block": tokens_per_block(list(plan.tokens))}
-    if compression.adaptive:
+    if not isinstance(plan, CompressionPlan):
         return facts
     stages = [(stage, stage.last - stage.first + 1) for stage in plan.stages]
     blocks = max(sum(count for _, count in stages), 1)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -31,7 +32,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def save_pretrained(
-    model: Model,
+    model: nn.Module,
     folder: str | os.PathLike,
     *,
     model_args: dict | None = None,
@@ -39,23 +40,23 @@ def save_pretrained(
 ) -> None:
     """Save a timm VisionTransformer or Eva, or a Segmenter, compressed or not, as safetensors and JSON.
 
-    The folder has the layout of timm's hub folders, with a model card. A compressed model stands there under its
-    registered name, ``pm_<name>``, its plan and options among the arguments: once this package is imported,
-    ``timm.create_model("local-dir:<folder>", pretrained=True)`` makes it too. A Segmenter's options stand in
-    ``config.json`` under ``segmenter``, and the rest is its encoder's. What is written is known to load: the model is
-    rebuilt from the configuration (without weights) and compared before anything appears in ``folder``.
+    The folder has the layout of timm's hub folders, with a model card. A compressed model is saved under its registered
+    name, ``pm_<name>``, with its plan and options among the arguments: once this package is imported,
+    ``timm.create_model("local-dir:<folder>", pretrained=True)`` makes it too. A Segmenter's options are in
+    ``config.json`` under ``segmenter``; the rest describes its encoder. Before anything appears in ``folder``, the
+    model is rebuilt from the configuration (without weights) and compared, so that what is written does load.
 
     Args:
-        model: made by ``timm.create_model``, or its encoder was, so that its architecture has a name. Of a wrapper
-            (``torch.compile``, DistributedDataParallel, accelerate, ...), the model inside is saved.
-        folder: created if need be; a model saved there before is replaced.
+        model: a model that ``timm.create_model`` made, or a Segmenter on one, so that its architecture has a name. Of a
+            wrapper (``torch.compile``, DistributedDataParallel, accelerate, ...), the model inside is saved.
+        folder: created if necessary; a model saved there before is replaced.
         model_args: arguments of ``timm.create_model`` that the model was made with, where timm did not record them.
-        results: a row of numbers for each of some models, by their names, for the card.
+        results: rows of numbers by model name, for the card.
 
     Raises:
         TypeError: a part of the model is wrapped on its own.
         ValueError: the model cannot be rebuilt from a name and arguments; the message names what differs.
-        OSError: the files cannot be written; what was saved there before is untouched.
+        OSError: the files cannot be written; a model saved there before is left as it was.
     """
     model = unwrapped(model)
     encoder = encoder_of(model)
@@ -66,7 +67,7 @@ def save_pretrained(
         )
     folder = Path(os.path.abspath(folder))
     exists = folder.is_dir()
-    # In a folder that exists, as what is beside it may be another's.
+    # Inside a folder that exists, because the folder around it may belong to someone else.
     with unfinished(folder / WEIGHTS_NAME if exists else folder) as staging:
         staging.mkdir()
         name = encoder.pretrained_cfg["architecture"].removeprefix(PREFIX)
@@ -75,10 +76,10 @@ def save_pretrained(
             name = registered_name(name)
             arguments |= compression.to_dict()
         extra = {"pretrained_cfg": {"architecture": name}, "norm_eps": shared_norm_eps(encoder)}
-        if encoder is not model:
+        if isinstance(model, Segmenter):
             extra["segmenter"] = {"num_classes": model.num_classes, **model.options}
         try:
-            save_for_hf(encoder, staging, model_config=extra, model_args=arguments, safe_serialization=True)
+            save_for_hf(encoder, str(staging), model_config=extra, model_args=arguments, safe_serialization=True)
             if encoder is not model:
                 save_model(model, str(staging / WEIGHTS_NAME))
         except SafetensorError as error:
@@ -92,32 +93,32 @@ def save_pretrained(
             with suppress(OSError):  # another process was first
                 staging.rename(folder)
                 return
-        with locked(folder):  # or the configuration of one model could come to stand beside the weights of another
+        with locked(folder):  # or one model's configuration could end up beside another's weights
             for name in (CARD_NAME, WEIGHTS_NAME, CONFIG_NAME):
                 if name != CARD_NAME or replaces_card(folder / name):
                     os.replace(staging / name, folder / name)
 
 
 def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) -> Model:
-    """Load a model that :func:`save_pretrained` wrote, on the CPU, in evaluation mode, in the dtype it was saved in.
+    """Load a model that :func:`save_pretrained` wrote: on the CPU, in evaluation mode, in the dtype it was saved in.
 
     Args:
-        folder: what was saved to.
-        uncompressed: leave the plan and its matrices out: the plain timm model with the same weights.
+        folder: the folder that it was saved to.
+        uncompressed: leave out the plan and its matrices, and return the plain timm model with the same weights.
 
     Returns:
-        The compressed model, or the plain timm model where that was saved; a :class:`Segmenter` on it.
+        The compressed model, the plain timm model if one was saved, or a :class:`Segmenter`.
 
     Raises:
         FileNotFoundError: the folder lacks ``config.json`` or ``model.safetensors``.
-        ValueError: a file is truncated, foreign, or does not fit the other.
+        ValueError: a file is truncated or foreign, or the two do not match.
     """
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no saved model: expected {CONFIG_NAME} and {WEIGHTS_NAME} in it")
+            raise FileNotFoundError(f"{folder} is not a saved model: expected {CONFIG_NAME} and {WEIGHTS_NAME} in it")
     path = folder / WEIGHTS_NAME
-    weights = read_file(path, "is truncated or no safetensors file")
+    weights = read_file(path, "is truncated or not a safetensors file")
     _check_configuration(folder, weights)
     model = _build(folder, plain=uncompressed)
     if uncompressed:
@@ -128,14 +129,14 @@ def load_pretrained(folder: str | os.PathLike, *, uncompressed: bool = False) ->
 
 
 def _check_configuration(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Refuse a configuration of a model that is not the weights', before memory is taken for it."""
+    """Refuse a configuration that does not match the weights, before memory is allocated for the model."""
     path = folder / CONFIG_NAME
     with refusing(f"{path} does not describe a model that this version can build"):
         arguments = json.loads(path.read_text(encoding="utf-8")).get("model_args") or {}
         largest = max([len(weights), *(size for value in weights.values() for size in value.shape)])
         depth = arguments.get("depth", 0)
     if not isinstance(depth, int) or depth > largest:
-        raise ValueError(f"{path} describes a model of depth {depth!r}, and {WEIGHTS_NAME} is not one's")
+        raise ValueError(f"{path} describes a model of depth {depth!r}, which {WEIGHTS_NAME} does not hold")
     with torch.device("meta"):
         model = _build(folder)
     expected = model.state_dict()
@@ -156,18 +157,18 @@ def _build(folder: Path, plain: bool = False) -> Model:
     with refusing(f"{path} does not describe a model that this version can build"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" in config and "architecture" not in config:
-            raise ValueError("it is a model of transformers, which pm_models.to_timm takes once it is loaded")
+            raise ValueError("it is a model of transformers: load it there, and convert it with pm_models.to_timm")
         if config["architecture"].startswith(PREFIX):
             registered_name(config["architecture"])
             if missing := [name for name in OPTIONS if name not in config["model_args"]]:
                 raise ValueError(f"model_args lacks {', '.join(missing)}")
-        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
         set_norm_eps(model, config.get("norm_eps"))
         model = uncompressed(model) if plain else model
         return Segmenter(model, **config["segmenter"]) if "segmenter" in config else model
 
 
-def _check_same_model(model: nn.Module, rebuilt: nn.Module) -> None:
+def _check_same_model(model: Any, rebuilt: nn.Module) -> None:
     before, after = (
         {name: tuple(value.shape) for name, value in each.state_dict().items()} | describe(each)
         for each in (model, rebuilt)

@@ -13,11 +13,11 @@ SHORTCUTS = ("pruned", "all")
 
 @dataclass(frozen=True)
 class Compression:
-    """A plan, and how it is carried out; see :func:`pm_models.compress` for every option.
+    """A plan and the options it is carried out with; :func:`pm_models.compress` explains them.
 
     Raises:
-        TypeError: ``plan`` is no plan.
-        ValueError: an option is none of its choices.
+        TypeError: ``plan`` is not a plan.
+        ValueError: an option has none of its permitted values.
     """
 
     plan: CompressionPlan | AdaptivePlan
@@ -29,7 +29,7 @@ class Compression:
     def __post_init__(self) -> None:
         if not isinstance(self.plan, CompressionPlan | AdaptivePlan):
             kind = type(self.plan).__name__
-            raise TypeError(f"plan must be a CompressionPlan, got {kind}; an AdaptivePlan serves too")
+            raise TypeError(f"plan must be a CompressionPlan or an AdaptivePlan, got {kind}")
         for name, choices in (
             ("train_matrices", TRAIN_MATRICES),
             ("merge_site", MERGE_SITES),
@@ -43,16 +43,16 @@ class Compression:
             if field.default is not MISSING and getattr(self, field.name) != field.default:
                 raise ValueError(
                     f"{field.name} must be {field.default!r} with an AdaptivePlan, which has no matrices and always "
-                    f"minds sizes, got {getattr(self, field.name)!r}"
+                    f"weighs tokens by their sizes, got {getattr(self, field.name)!r}"
                 )
 
     @property
     def adaptive(self) -> bool:
-        """Whether tokens merge by what is in each image, not by matrices."""
+        """Whether tokens merge by what is in each image rather than by static matrices."""
         return isinstance(self.plan, AdaptivePlan)
 
     def to_dict(self) -> dict[str, object]:
-        """The arguments of :func:`pm_models.compress`, as JSON has them."""
+        """The arguments of :func:`pm_models.compress` as JSON values."""
         return {name: getattr(self, name) for name in OPTIONS} | {"plan": self.plan.to_dict()}
 
 
@@ -60,11 +60,11 @@ OPTIONS = tuple(field.name for field in fields(Compression))
 
 
 def plan_from(source: CompressionPlan | AdaptivePlan | dict | str | os.PathLike) -> CompressionPlan | AdaptivePlan:
-    """A plan as it is, or of either kind from its ``to_dict`` or the file that it was saved to.
+    """A plan of either kind: as given, or from its ``to_dict`` or the file that it was saved to.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the dict, or what is in the file, is no plan; the message names the file and the field.
+        ValueError: the dict or the file does not hold a plan; the message names the file and the field.
     """
     if isinstance(source, str | os.PathLike):
         with reading_plan(source) as values:

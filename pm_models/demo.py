@@ -1,4 +1,4 @@
-"""Both ways on real images that come with scikit-learn: merge with no training; score, plan, compress, fine-tune."""
+"""Demonstrate both methods on images that come with scikit-learn: adaptive merging, and Prune and Merge."""
 
 import json
 from functools import partial
@@ -35,14 +35,14 @@ _MODEL = {
 
 
 def run_demo(output: Path, *, seed: int = 0) -> dict:
-    """Train a small ViT on scikit-learn's digits and make it faster both ways; two minutes on two cores of a CPU.
+    """Train a small ViT on scikit-learn's digits and make it faster by both methods; two minutes on two CPU cores.
 
     Adaptive merging needs no training. Prune and Merge is fine-tuned. Writes ``dense/``, ``adaptive/`` and
     ``compressed/`` (for :func:`pm_models.load_pretrained`), ``plan.json``, ``plan.png``, ``merging.png`` and
     ``results.json`` into ``output``, and prints a table.
 
     Returns:
-        What stands in ``results.json``.
+        The content of ``results.json``.
     """
     accelerator = make_accelerator()
     torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def run_demo(output: Path, *, seed: int = 0) -> dict:
     print(f"3/5  planning: keep rate {KEEP_RATE}, prune rate {PRUNE_RATE}\n{plan}")
     merging = AdaptivePlan.for_model(dense, SHARE)
     adaptive = compress(dense, merging)
-    print(f"     and merging by what is in each image, with no training\n{merging}")
+    print(f"     and adaptive merging, with no training\n{merging}")
     print("4/5  fine-tuning the compressed model, with the dense one as teacher")
     train(distillation_task(compressed, dense), recipe=Recipe(**_TUNE, seed=seed), name="fine-tune")
     print("5/5  evaluating, and timing all alternately")
@@ -106,7 +106,7 @@ def _digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def _augmented_batch(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """A batch, each image turned, scaled and shifted a little at random."""
+    """A batch with each image rotated, scaled and shifted a little at random."""
     images, labels = default_collate(samples)
     angle, scale = (torch.rand(2, len(images)) - 0.5) * torch.tensor([[0.35], [0.2]])
     shift = (torch.rand(len(images), 2, 1) - 0.5) * 0.4

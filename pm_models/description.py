@@ -1,15 +1,15 @@
-"""What a model is but for its weights."""
+"""Describe everything about a model except its weights."""
 
 from dataclasses import fields, is_dataclass
 
 from torch import nn
 
-# Attributes that say how a model is being used, not what it is.
+# Attributes that depend on how a model is used, not on what it is.
 _TRANSIENT = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "distilled_training"}
 
 
 def describe(model: nn.Module) -> dict[str, object]:
-    """The class, and the plain attributes, of every module in a model, by their names."""
+    """The class and the plain attributes of every module of a model, by name."""
     described: dict[str, object] = {}
     for name, module in model.named_modules():
         described[name or "model"] = type(module).__name__

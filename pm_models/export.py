@@ -1,11 +1,11 @@
-"""Models as files that run without this package: ONNX, ``torch.export`` and AOTInductor."""
+"""Export models to files that run without this package: ONNX, ``torch.export`` and AOTInductor."""
 
 import copy
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,21 @@ from .models import Model, frozen, input_size
 from .unwrapping import unwrapped
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
-OPSETS = range(17, 24)  # of ONNX: the first has LayerNormalization, the last is PyTorch's newest
-_LOWEST_OPSET = 18  # that PyTorch exports to
-_MOST_BYTES = 2**31 - 2**24  # of one ONNX file
-_UNWANTED = ("Scatter", "Loop", "Scan", "If")  # what servers of ONNX are slow at, or lack
+OPSETS = range(17, 24)  # of ONNX: the first with LayerNormalization to the newest that PyTorch exports
+_LOWEST_OPSET = 18  # the lowest that PyTorch exports
+_MOST_BYTES = 2**31 - 2**24  # in one ONNX file
+_UNWANTED = ("Scatter", "Loop", "Scan", "If")  # operators that ONNX servers are slow at or lack
 _INPUT, _OUTPUT = "images", "logits"
 
 
 class Exported(NamedTuple):
-    """A file that was written, and how its results differ from the model's.
+    """An exported file, and how far its results differ from the model's.
 
     Args:
         path: the file.
         run: the file, loaded: images (B, 3, H, W) to logits, for any batch.
-        max_error: the greatest difference to the model's logits over the greatest of these, or over 1 where all are 0,
-            on random images.
+        max_error: on random images, the largest difference from the model's logits, relative to the largest logit, or
+            absolute if all logits are 0.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Exported(NamedTuple):
 
 
 def export_model(
-    model: Model,
+    model: nn.Module,
     path: str | os.PathLike,
     format: str,
     *,
@@ -46,35 +46,36 @@ def export_model(
     tolerance: float = 1e-3,
     opset: int | None = None,
 ) -> Exported:
-    """Write a model, compressed or not, to a file for images of its size in batches of any number.
+    """Write a model, compressed or not, to a file that takes batches of any size.
 
-    The file is loaded and run once, on more images than it was made with, before it appears at ``path``.
+    Before the file appears at ``path``, it is loaded and run once, on another batch size than it was traced with.
 
     Args:
-        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on the device that the file is for (ONNX:
-            any), or a wrapper of one (``torch.compile``, DistributedDataParallel, accelerate, ...). It is left as it
+        model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on the device that the file is for (any for
+            ONNX), or a wrapper of one (``torch.compile``, DistributedDataParallel, accelerate, ...). It is left as it
             was.
-        path: of the file.
-        format: ``"onnx"``, in float32, its token mixes as matrix products, with no scatter and no loop; ``"pt2"``, for
+        path: the file to write.
+        format: ``"onnx"``, in float32, with token mixes as matrix products, without scatters and loops; ``"pt2"``, for
             ``torch.export.load``; ``"aoti"``, compiled for this machine, for ``torch._inductor.aoti_load_package``.
-        batch_size: of the images that the model is traced with, at least 2; files take any batch.
-        tolerance: the greatest ``max_error`` that is let pass.
-        opset: of ONNX, from 17 to 23; older runtimes need lower ones. ``None``: PyTorch's choice.
+        batch_size: the batch size to trace the model with, at least 2; files take any batch.
+        tolerance: the largest ``max_error`` to accept.
+        opset: the ONNX opset, from 17 to 23; older runtimes need lower ones. ``None``: PyTorch's choice.
 
     Raises:
         TypeError: ``opset`` is no integer.
-        ValueError: ``format`` is unknown, ``opset`` is out of range or not for this format or model, the model gives
-            logits that are not a number, it is too large for one ONNX file, or its graph holds an operator that ONNX
-            is not to have.
+        ValueError: ``format`` is unknown, ``opset`` is out of range or does not suit the format or model, the model's
+            logits are NaN, the model is too large for one ONNX file, or its graph has a scatter or a loop.
         ImportError: a package for ONNX is missing.
         RuntimeError: the file's results differ from the model's by more than ``tolerance``.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
     if batch_size < 2:
-        raise ValueError(f"batch_size must be at least 2, as a batch of 1 would be the only one, got {batch_size}")
+        raise ValueError(
+            f"batch_size must be at least 2, because a file traced with 1 would take no other, got {batch_size}"
+        )
     if opset is not None and format != "onnx":
-        raise ValueError(f"opset must be None for format {format!r}, as it is ONNX's, got {opset}")
+        raise ValueError(f"opset must be None for format {format!r}, because only ONNX has opsets, got {opset}")
     model = unwrapped(model)
     like = next(model.parameters())
     if format == "onnx":
@@ -89,16 +90,20 @@ def export_model(
         expected = model(images)
     if expected.isnan().any():
         raise ValueError("model gives NaN on random images, so its file cannot be checked; nothing is written")
-    write = {"onnx": partial(_write_onnx, opset=opset), "pt2": _write_pt2, "aoti": _write_aoti}[format]
+    writers: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+        "onnx": partial(_write_onnx, opset=opset),
+        "pt2": _write_pt2,
+        "aoti": _write_aoti,
+    }
     path = Path(path)
     with unfinished(path) as folder:
         folder.mkdir()
-        written = folder / f"model{FORMATS[format]}"  # AOTInductor insists on the name's end
-        run = write(model, images[:-1], written)
+        written = folder / f"model{FORMATS[format]}"  # AOTInductor requires this suffix
+        run = writers[format](model, images[:-1], written)
         error = _difference(run(images), expected)
         if not error <= tolerance:
             raise RuntimeError(
-                f"the {format} file gives other logits than the model: they differ by {error:.3g} of the greatest, "
+                f"the logits of the {format} file differ from the model's by {error:.3g} of the largest, "
                 f"expected at most {tolerance:g}; nothing is written"
             )
         allow_default_mode(written)
@@ -107,9 +112,9 @@ def export_model(
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """The greatest difference over the greatest finite value; infinities differ from all but themselves."""
+    """The largest difference relative to the largest finite value; infinities only equal themselves."""
     greatest = expected.abs().nan_to_num(posinf=0.0).max()
-    # Equal values differ by 0: the difference of infinities is no number.
+    # Equal values differ by 0; the difference of two infinities would be NaN.
     differences = torch.where(found == expected, 0.0, (found - expected).abs())
     return (differences.max() / torch.where(greatest > 0, greatest, 1.0)).item()
 
@@ -134,13 +139,13 @@ def _write_onnx(model: Model, images: Tensor, path: Path, opset: int | None) -> 
     if opset is not None:
         if opset < _LOWEST_OPSET:
             _lower(content, opset)
-        # Runtimes refuse a file whose format is newer than they are, whatever its opset.
+        # Runtimes refuse files in a format version newer than their own, whatever the opset.
         content.ir_version = min(content.ir_version, onnx.helper.find_min_ir_version_for(content.opset_import))
         onnx.save(content, str(path))
     try:
         run = load_onnx(path)
         run(images)
-    except Exception as error:  # onnxruntime has no class of its own for its errors
+    except Exception as error:  # onnxruntime has no public class for its errors
         told = str(error).strip().splitlines()[0]
         raise ValueError(
             f"onnxruntime {onnxruntime.__version__} cannot run the file with opset {opset or 'by default'}; nothing is "
@@ -149,14 +154,14 @@ def _write_onnx(model: Model, images: Tensor, path: Path, opset: int | None) -> 
     return run
 
 
-def _lower(content: object, opset: int) -> None:
-    """Change the graph to an opset below those that PyTorch exports to, 17.
+def _lower(content: Any, opset: int) -> None:
+    """Convert the graph to opset 17, which is below those that PyTorch exports.
 
-    PyTorch itself would have it converted by onnx, which cannot convert what some models need, and in others leaves
-    attributes that the opset does not have.
+    PyTorch would leave this to onnx, which cannot convert some models, and in others leaves attributes that the opset
+    does not have.
 
     Raises:
-        ValueError: an operator of the graph has no form in it.
+        ValueError: an operator of the graph has no equivalent in the opset.
     """
     from onnx import defs, helper, numpy_helper
 
@@ -168,12 +173,14 @@ def _lower(content: object, opset: int) -> None:
             new = defs.get_schema(node.op_type, _LOWEST_OPSET, node.domain)
             if old.since_version == new.since_version:
                 continue
-            if "axes" in old.attributes and len(node.input) == 2:  # of a mean or norm: they became an input
+            if (
+                "axes" in old.attributes and len(node.input) == 2
+            ):  # of a mean or norm: later opsets take them as an input
                 node.attribute.append(helper.make_attribute("axes", constants[node.input.pop()].tolist()))
             for attribute in list(node.attribute):
                 if attribute.name not in old.attributes:
                     default = new.attributes[attribute.name].default_value
-                    if attribute.name != "num_outputs" and attribute != default:  # which a Split has anyway
+                    if attribute.name != "num_outputs" and attribute != default:  # redundant in a Split
                         raise ValueError(attribute.name)
                     node.attribute.remove(attribute)
         except (defs.SchemaError, KeyError, ValueError) as error:
@@ -202,9 +209,9 @@ def _exported(model: Model, images: Tensor) -> torch.export.ExportedProgram:
 
 
 def load_onnx(path: str | os.PathLike, *, threads: int = 0) -> Callable[[Tensor], Tensor]:
-    """An ONNX file in onnxruntime on the CPU, taking and giving tensors.
+    """Load an ONNX file in onnxruntime on the CPU, as a function from tensor to tensor.
 
-    ``threads`` is how many it may take; 0: as many as there are cores.
+    ``threads``: how many it may use; 0: as many as there are cores.
     """
     import onnxruntime
 
@@ -240,8 +247,8 @@ def _check_onnx(model: nn.Module, opset: int | None) -> None:
         )
 
 
-def _check_operators(content: object) -> None:
-    """Refuse what static matrices have no need for."""
+def _check_operators(content: Any) -> None:
+    """Refuse scatters and control flow, which static matrices do not need."""
     graphs = [content.graph, *content.functions]
     unwanted = {node.op_type for graph in graphs for node in graph.node if node.op_type.startswith(_UNWANTED)}
     if unwanted:

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -13,10 +14,8 @@ from pathlib import Path
 
 import psutil
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _numbers = itertools.count()
@@ -24,10 +23,10 @@ _numbers = itertools.count()
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Where what will be at ``path``, a file or a folder, is written: hidden, beside it, and removed at the end.
+    """A hidden place beside ``path`` to write a file or folder to before it is moved there; removed at the end.
 
-    Processes and threads that write to one path have a place each, whose name says whose it is, so that what a killed
-    process left is removed by the next write to that path.
+    Each process and thread that writes to a path has its own place, named after it, so that the next write to that path
+    can remove what a killed process left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.iterdir():
@@ -96,10 +95,10 @@ def check_writable(path: Path, option: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process or thread is in here for the same folder, where the file system has such locks."""
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    """Hold a lock on the folder that no other process or thread can hold, where the file system supports locks."""
+    descriptor = None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
     try:
-        if descriptor is not None:
+        if sys.platform != "win32" and descriptor is not None:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -109,7 +108,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def allow_default_mode(path: Path) -> None:
-    """Give a file that a library wrote as private the mode that a plain ``open`` would have given it."""
+    """Give a file that a library wrote with private permissions the mode that a plain ``open`` gives."""
     with unfinished(path) as plain:
         plain.touch()
         path.chmod(stat.S_IMODE(plain.stat().st_mode))

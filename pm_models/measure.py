@@ -17,10 +17,10 @@ from .unwrapping import unwrapped
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchronize: bool) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls of each function, in turn, so that drift of the machine affects all alike.
+    """Seconds of ``rounds`` calls of each function, taken in turn, so that drift of the machine affects all alike.
 
-    The order changes from round to round, as a function may find in the cache what the one before it left. Each is
-    called twice before, unmeasured. ``synchronize`` waits for the CUDA device around every call.
+    The order changes from round to round, because a function may find in the cache what the one before it left there.
+    Each is first called twice without being timed. ``synchronize`` waits for the CUDA device around every call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order = random.Random(0)
@@ -38,7 +38,7 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int, synchr
 
 
 def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 10) -> dict[str, float]:
-    """Images per second of each model in inference on ``images`` (B, 3, H, W): the median of alternated rounds."""
+    """Images per second of each model in inference on ``images`` (B, 3, H, W): the median over alternating rounds."""
     with torch.inference_mode():
         seconds = alternate({name: partial(model, images) for name, model in models.items()}, rounds, images.is_cuda)
     return {name: len(images) / statistics.median(times) for name, times in seconds.items()}
@@ -75,19 +75,18 @@ def speed_beside_dense(model: Model, dense: Model, batch: int) -> dict[str, floa
 
 
 def count_gmacs(model: nn.Module, image_size: tuple[int, ...]) -> float:
-    """Billions of multiply-accumulates of one image (channels, height, width), as torch counts its matrix products.
+    """Billions of multiply-accumulates for one image (channels, height, width), from torch's FLOP counter.
 
-    Of a block, ``image_size`` is that of its tokens (N, D).
-
-    A wrapper (``torch.compile``, DistributedDataParallel, accelerate, ...) counts as the model inside.
+    For a single block, ``image_size`` is the shape of its tokens (N, D). A wrapper (``torch.compile``,
+    DistributedDataParallel, accelerate, ...) counts as the model inside.
     """
     model = unwrapped(model)
     like = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=like.dtype, device=like.device)
-    # With nothing to train, as torch's counter stumbles over a parameter that is a module's input, and attention as two
-    # matrix products, which every version of torch counts.
+    # With all weights frozen, because torch's counter fails on a parameter that is a module's input, and with attention
+    # as two matrix products, which every version of torch counts.
     with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(image)  # what is static is computed now
+        model(image)  # static matrices are computed now, and not counted
         with FlopCounterMode(display=False) as counter:
             model(image)
     return counter.get_total_flops() / 2e9

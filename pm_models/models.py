@@ -1,21 +1,23 @@
-"""What a model is here, and what all models share: timm's Vision Transformers and Segmenters, compressed or not."""
+"""What all models have in common: timm's Vision Transformers and Segmenters, compressed or not."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from .adaptive_plan import AdaptivePlan
 from .compression import Compression
-from .plan import Plan
+from .plan import CompressionPlan
 from .segmenter import Segmenter
 from .vision_transformer import PlainModel, compress
 
 Model = PlainModel | Segmenter
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
-    """The Vision Transformer in a Segmenter; any other model is its own."""
+def encoder_of(model: nn.Module) -> Any:
+    """The Vision Transformer of a Segmenter; any other model is returned as it is."""
     return model.encoder if isinstance(model, Segmenter) else model
 
 
@@ -24,13 +26,13 @@ def compression_of(model: nn.Module) -> Compression | None:
     return getattr(encoder_of(model), "compression", None)
 
 
-def input_size(model: Model) -> tuple[int, int, int]:
+def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the images that the model takes."""
     encoder = encoder_of(model)
     return (encoder.in_chans, *encoder.patch_embed.img_size)
 
 
-def tokens_of(model: Model) -> list[int]:
+def tokens_of(model: nn.Module) -> list[int]:
     """The number of tokens that each block runs on, prefix tokens included."""
     if (compression := compression_of(model)) is not None:
         return list(compression.plan.tokens)
@@ -38,12 +40,12 @@ def tokens_of(model: Model) -> list[int]:
     return [encoder.patch_embed.num_patches + encoder.num_prefix_tokens] * len(encoder.blocks)
 
 
-def uncompressed(model: Model) -> Model:
+def uncompressed(model: Any) -> Any:
     """A plain model with a copy of the same weights; a model that is not compressed is returned as it is."""
     return model if compression_of(model) is None else model.uncompressed()
 
 
-def compressed(model: Model, plan: Plan, **options: object) -> Model:
+def compressed(model: nn.Module, plan: CompressionPlan | AdaptivePlan, **options: Any) -> Model:
     """A compressed copy of a plain model; ``options`` are those of :func:`pm_models.compress`.
 
     Raises:
@@ -52,8 +54,8 @@ def compressed(model: Model, plan: Plan, **options: object) -> Model:
     return model.compressed(plan, **options) if isinstance(model, Segmenter) else compress(model, plan, **options)
 
 
-def frozen(model: Model) -> Model:
-    """The model with constant matrices, for serving; it shares all other weights. An uncompressed one is returned."""
+def frozen(model: Any) -> Any:
+    """The model with constant matrices, for serving; other weights are shared. An uncompressed one is returned."""
     encoder = encoder_of(model)
     if compression_of(model) is None:
         return model
@@ -65,7 +67,7 @@ def frozen(model: Model) -> Model:
 
 
 def shared_norm_eps(model: nn.Module) -> float | None:
-    """The epsilon that all LayerNorms of a model have; ``None`` where they differ, or there are none."""
+    """The epsilon that all LayerNorms of a model share; ``None`` where they differ, or there are none."""
     values = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
     return values.pop() if len(values) == 1 else None
 
@@ -79,7 +81,7 @@ def set_norm_eps(model: nn.Module, eps: float | None) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode with nothing to train; at the end every module and weight is as it was."""
+    """Put a model into evaluation mode with all weights frozen; at the end every module and weight is as it was."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

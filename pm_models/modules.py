@@ -1,12 +1,16 @@
-"""Modules looked at, and put in the place of others, without changing what they compute."""
+"""Inspect and replace modules without changing what they compute."""
+
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules import module as registry
 from torch.utils.module_tracker import ModuleTracker
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def is_touched(*modules: nn.Module) -> bool:
-    """Whether a call of any of them does more than its class's forward: a hook, global ones too, or another forward."""
+    """Whether a call of any does more than its class's forward: a hook, also a global one, or another ``forward``."""
     for module in modules:
         own = vars(module)
         if (
@@ -22,7 +26,7 @@ def is_touched(*modules: nn.Module) -> bool:
 
 
 def _has_global_hook() -> bool:
-    """Whether a hook is on all modules, but for those by which torch's FLOP counter follows what really runs."""
+    """Whether there are hooks on all modules, other than those of torch's FLOP counter."""
     kinds = (
         registry._global_forward_pre_hooks,
         registry._global_forward_hooks,
@@ -34,23 +38,23 @@ def _has_global_hook() -> bool:
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of ``root``'s submodule ``name`` (dotted)."""
+    """Replace the submodule ``name`` (dotted) of ``root`` by ``module``."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, module)
 
 
-def as_class(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A module of another class with all that the module has, which it shares."""
+def as_class(module: nn.Module, kind: type[M]) -> M:
+    """The module as an instance of another class; attributes, parameters and submodules are shared."""
     other = kind.__new__(kind)
     other.__dict__.update(module.__dict__)
     return other
 
 
 class Rewired:
-    """A module as one of its class's methods sees it, with other attributes: everything else is the module's.
+    """A stand-in for a module with some attributes replaced; all others are the module's.
 
-    ``Block.forward(Rewired(block, attn=function), x)`` runs timm's forward with ``function`` in the place of
-    ``block.attn``; the block itself does not change.
+    ``Block.forward(Rewired(block, attn=function), x)`` runs timm's forward with ``function`` instead of ``block.attn``;
+    the block itself does not change.
     """
 
     def __init__(self, module: nn.Module, **replaced: object) -> None:
@@ -58,5 +62,5 @@ class Rewired:
         for name, value in replaced.items():
             setattr(self, name, value)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

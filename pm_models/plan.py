@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from .stages import StagePlan, kept_and_pruned, plan_stage, resize_stage
 
 _MOST = 10_000  # blocks, and prefix tokens
 _VERSION = 1
+P = TypeVar("P", bound="Plan")
 
 
+@dataclass(frozen=True)
 class Plan(ABC):
-    """What every plan has: it is a value for one grid, depth and number of prefix tokens, saved as JSON."""
+    """Base class of the plans: an immutable value for one grid, depth and number of prefix tokens, saved as JSON."""
 
     kind: ClassVar[str]  # what its files call it
     grid: tuple[int, int]
@@ -29,29 +31,39 @@ class Plan(ABC):
 
     @property
     def num_patches(self) -> int:
+        """The number of patches of the grid."""
         return self.grid[0] * self.grid[1]
 
     @property
     def num_tokens(self) -> int:
-        """N: prefix tokens and patches."""
+        """N, the number of prefix tokens and patches."""
         return self.num_prefix_tokens + self.num_patches
 
     def check_sizes(self) -> None:
-        """Raise a ValueError where the grid, the depth or the number of prefix tokens is out of range."""
-        _check_grid(self.grid)
+        """Make the grid a tuple, and check the sizes.
+
+        Raises:
+            ValueError: the grid, the depth or the number of prefix tokens is out of range.
+        """
+        object.__setattr__(self, "grid", _checked_grid(self.grid))
         if not 1 <= self.depth <= _MOST:
             raise ValueError(f"depth must be between 1 and {_MOST}, got {self.depth}")
         if not 0 <= self.num_prefix_tokens <= _MOST:
             raise ValueError(f"num_prefix_tokens must be between 0 and {_MOST}, got {self.num_prefix_tokens}")
 
+    @property
+    @abstractmethod
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that each block runs on, prefix tokens included."""
+
     @abstractmethod
     def _fields(self) -> dict:
-        """What :meth:`to_dict` adds of the plan's own."""
+        """The entries of :meth:`to_dict` that are particular to this kind of plan."""
 
     @staticmethod
     @abstractmethod
     def _arguments(values: dict) -> dict:
-        """The arguments of the class that :meth:`_fields` hold."""
+        """The constructor arguments that :meth:`_fields` wrote."""
 
     def to_dict(self) -> dict:
         """The plan as plain JSON values, for :meth:`from_dict`."""
@@ -65,11 +77,11 @@ class Plan(ABC):
         }
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Plan":
-        """A plan from :meth:`to_dict`'s values.
+    def from_dict(cls: type[P], values: dict) -> P:
+        """Rebuild a plan from the values of :meth:`to_dict`.
 
         Raises:
-            ValueError: the values are no plan of this kind and version; the message names the field.
+            ValueError: the values do not describe a plan of this kind and version; the message names the field.
         """
         if not cls.describes(values):
             article = "an" if cls.kind[0] in "aeiou" else "a"
@@ -78,7 +90,7 @@ class Plan(ABC):
             raise ValueError(f"plan version must be {_VERSION}, got {values.get('version')!r}")
         try:
             return cls(
-                grid=tuple(as_integer(size) for size in values["grid"]),
+                grid=_checked_grid([as_integer(size) for size in values["grid"]]),
                 depth=as_integer(values["depth"]),
                 num_prefix_tokens=as_integer(values["num_prefix_tokens"]),
                 **cls._arguments(values),
@@ -90,28 +102,28 @@ class Plan(ABC):
 
     @classmethod
     def describes(cls, values: object) -> bool:
-        """Whether JSON values are of a plan of this kind."""
+        """Whether JSON values describe a plan of this kind."""
         return isinstance(values, dict) and values.get("format") == f"pm-vit {cls.kind} plan"
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON; the file is replaced as a whole or not at all."""
         write_atomically(path, json.dumps(self.to_dict()).encode())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Plan":
+    def load(cls: type[P], path: str | os.PathLike) -> P:
         """Read a plan that :meth:`save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no plan of this kind and version; the message names the file and the field.
+            ValueError: the file does not hold a plan of this kind and version; the message names the file and field.
         """
         with reading_plan(path) as values:
             return cls.from_dict(values)
 
 
 @contextmanager
-def reading_plan(path: str | os.PathLike) -> Iterator[object]:
-    """The JSON of a plan's file; what is wrong with it is told with the file's name."""
+def reading_plan(path: str | os.PathLike) -> Iterator[Any]:
+    """The JSON values in a plan's file; errors raised while they are read name the file."""
     try:
         yield json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -122,7 +134,7 @@ def reading_plan(path: str | os.PathLike) -> Iterator[object]:
 class CompressionPlan(Plan):
     """Which patches each stage of a Vision Transformer keeps, merges and prunes: a value, saved as JSON.
 
-    Blocks outside of every stage run on all tokens.
+    Blocks that belong to no stage run on all tokens.
 
     Args:
         grid: patches as (rows, columns).
@@ -135,9 +147,6 @@ class CompressionPlan(Plan):
     """
 
     kind = "compression"
-    grid: tuple[int, int]
-    depth: int
-    num_prefix_tokens: int
     stages: tuple[StagePlan, ...]
 
     def __post_init__(self) -> None:
@@ -167,31 +176,30 @@ class CompressionPlan(Plan):
     ) -> "CompressionPlan":
         """Threshold scores into a plan (arXiv 2503.23455, section 3; segments as in the authors' code).
 
-        The rates hold whatever the scores: of equal ones the earlier layer's counts as higher, and in a layer the
-        earlier patch's. Only a layer that would keep nothing keeps its best patch all the same.
+        The rates are met even where scores tie: the earlier layer wins, and within a layer the earlier patch. A layer
+        that would otherwise keep nothing keeps its best patch.
 
         Args:
             scores: (L, h*w), nonnegative, one row per block, as :func:`pm_models.score_tokens` returns them.
             grid: (h, w) patches.
-            keep_rate: fraction of all patches whose scores make them tokens of their own.
+            keep_rate: fraction of all patches, from the highest score down, that stay tokens of their own.
             prune_rate: fraction of all patches, from the lowest score up, that skip the block.
                 What is neither kept nor pruned is merged into a kept neighbour.
-            layer_decay: block ``l``'s normalised scores are multiplied by ``1 - layer_decay * l``.
+            layer_decay: the normalised scores of block ``l`` are multiplied by ``1 - layer_decay * l``.
             num_prefix_tokens: tokens before the patches.
-            allocation: ``"global"``: the rates hold over all stages together, so that each finds its own number of
+            allocation: ``"global"``: the rates hold over all stages together, so each stage gets its own number of
                 tokens; ``"layer"``: they hold in every stage.
             row_weights: ``"sum"``: a merged token is the sum of its patches, each weighted by its score over the
                 kept patch's (the authors' choice); ``"average"``: the same weights scaled to sum 1.
-            segments: which kept patch takes what is merged: ``"raster"``: the nearer one along its row (the authors'
-                choice); ``"nearest"``: the nearest in the grid, the first of several in raster order.
-            stages: (first, last) blocks of each stage, inclusive, scored by its first block;
+            segments: the kept patch that a merged patch goes into: ``"raster"``: the nearer one along its row (the
+                authors' choice); ``"nearest"``: the nearest in the grid, and of several the first in raster order.
+            stages: (first, last) block of each stage, inclusive; a stage uses the scores of its first block.
                 ``None`` makes every block a stage of its own.
 
         Raises:
             ValueError: an argument is out of range, or scores are not (L, h*w), finite and nonnegative.
         """
-        grid = tuple(grid) if isinstance(grid, Sequence) else grid
-        _check_grid(grid)
+        grid = _checked_grid(grid)
         scores = _checked_scores(scores, grid)
         _check_choice("allocation", allocation, ("global", "layer"))
         _check_choice("row_weights", row_weights, ("sum", "average"))
@@ -210,7 +218,9 @@ class CompressionPlan(Plan):
                 f"layer_decay must be at least 0 and below 1 / (L - 1) = {1 / max(depth - 1, 1):g} for {depth} layers, "
                 f"got {layer_decay}"
             )
-        bounds = [(block, block) for block in range(depth)] if stages is None else [tuple(stage) for stage in stages]
+        bounds = (
+            [(block, block) for block in range(depth)] if stages is None else [(first, last) for first, last in stages]
+        )
         if not bounds:
             raise ValueError("stages must name at least one (first, last) pair of blocks, got none")
         _check_stage_bounds(bounds, depth)
@@ -227,16 +237,16 @@ class CompressionPlan(Plan):
             depth=depth,
             num_prefix_tokens=num_prefix_tokens,
             stages=tuple(
-                plan_stage(first, last, *layer, grid, row_weights, segments)
-                for (first, last), *layer in zip(bounds, scores, kept, pruned, strict=True)
+                plan_stage(*bound, layer, keeps, prunes, grid, row_weights, segments)
+                for bound, layer, keeps, prunes in zip(bounds, scores, kept, pruned, strict=True)
             ),
         )
 
     def resize(self, grid: tuple[int, int], *, segments: str = "raster") -> "CompressionPlan":
-        """The plan for another grid of the same pictures, with as large a share of patches kept, merged and pruned.
+        """The plan for another grid over the same images, with the same shares of patches kept, merged and pruned.
 
-        In each stage the patches' weights, over the largest of their token, are interpolated to the new grid; the
-        highest are kept, the lowest pruned; of equal ones the earlier patch's counts as higher.
+        In each stage every patch's weight is divided by the largest weight in its token and interpolated to the new
+        grid. The highest are kept and the lowest pruned; of equal weights the earlier patch's counts as the higher.
 
         Args:
             grid: (h, w) patches.
@@ -245,8 +255,7 @@ class CompressionPlan(Plan):
         Raises:
             ValueError: an argument is out of range.
         """
-        grid = tuple(grid) if isinstance(grid, Sequence) else grid
-        _check_grid(grid)
+        grid = _checked_grid(grid)
         _check_choice("segments", segments, ("raster", "nearest"))
         if grid == self.grid:
             return self
@@ -277,7 +286,7 @@ class CompressionPlan(Plan):
         return next((stage for stage in self.stages if stage.first <= block <= stage.last), None)
 
     def merge_matrix(self, block: int) -> Tensor:
-        """(C, N) float32: the block's tokens from all tokens; the identity for a block outside of every stage."""
+        """(C, N) float32, maps all tokens to the block's tokens; the identity for a block that belongs to no stage."""
         stage = self.stage_of(block)
         if stage is None:
             return torch.eye(self.num_tokens)
@@ -285,7 +294,7 @@ class CompressionPlan(Plan):
         return torch.zeros(self.tokens[block], self.num_tokens).index_put((rows, columns), weights)
 
     def reconstruct_matrix(self, block: int) -> Tensor:
-        """(N, C) float32: the Moore-Penrose pseudoinverse of the block's merge matrix."""
+        """(N, C) float32, the Moore-Penrose pseudoinverse of the block's merge matrix."""
         merge = self.merge_matrix(block)
         # The rows have disjoint supports, so M M^T is diagonal and no SVD is needed.
         return (merge / merge.square().sum(dim=1, keepdim=True)).T.contiguous()
@@ -303,7 +312,7 @@ class CompressionPlan(Plan):
         return (self.merge_matrix(block) != 0).sum(dim=1).float()
 
     def support(self, stage: StagePlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, columns and values (each (N - pruned,)) of the entries of the stage's merge matrix, sorted by row."""
+        """Rows, columns and values (each (N - pruned,)) of the nonzeros of the stage's merge matrix, sorted by row."""
         prefix = self.num_prefix_tokens
         segments = torch.tensor(stage.segments)
         patches = (segments >= 0).nonzero().squeeze(1)
@@ -352,7 +361,7 @@ class CompressionPlan(Plan):
 
 
 def _checked_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The scores in float64 on the CPU, where they are (L, h*w), finite and nonnegative."""
+    """The scores in float64 on the CPU; a ValueError unless they are (L, h*w), finite and nonnegative."""
     patches = grid[0] * grid[1]
     scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
     if scores.dim() != 2 or scores.shape[0] == 0 or scores.shape[1] != patches:
@@ -365,9 +374,10 @@ def _checked_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     return scores
 
 
-def _check_grid(grid: tuple[int, int]) -> None:
-    if not isinstance(grid, tuple) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+def _checked_grid(grid: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
         raise ValueError(f"grid must be two positive integers (rows, columns), got {grid!r}")
+    return grid[0], grid[1]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

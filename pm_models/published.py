@@ -1,4 +1,4 @@
-"""Published checkpoints: of the paper's authors, and of Segmenter."""
+"""Load published checkpoints: those of the paper's authors, and those of Segmenter."""
 
 import math
 import os
@@ -33,7 +33,7 @@ from .weights import (
 
 VARIANT_NAME = "variant.yml"  # beside a published Segmenter
 
-# What its images were normalised by: mean and standard deviation.
+# Mean and standard deviation that its images were normalised with.
 _NORMALISATIONS = {
     "vit": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     "deit": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -45,12 +45,12 @@ def load_authors_checkpoint(
 ) -> PMVisionTransformer:
     """Load a checkpoint of the published Prune and Merge code, ``{"model": state_dict, "channels": [...]}``.
 
-    The file is read without running code from it (``weights_only``). Its matrices are dense; which patches a merged
-    token stands for in ``model.plan`` is read off them: a patch belongs to the token whose row weighs it most.
+    The file is read without running code from it (``weights_only``). Its matrices are dense. ``model.plan`` is read off
+    them: a patch belongs to the merged token whose row gives it the largest weight.
 
     Args:
         path: the ``.pth`` file.
-        num_heads: attention heads, which the file does not tell; ``None``: heads of width 64.
+        num_heads: attention heads, which the file does not record; ``None``: heads of width 64.
         img_size: (height, width) in pixels; ``None``: square.
 
     Returns:
@@ -58,7 +58,7 @@ def load_authors_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, or is no such checkpoint; the message says what was expected.
+        ValueError: the file is truncated or is not such a checkpoint; the message says what was expected.
     """
     state, channels = _read_authors_file(path)
     return _from_authors_weights(path, state, channels, num_heads, img_size).eval()
@@ -67,7 +67,7 @@ def load_authors_checkpoint(
 def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
     """Load a published Segmenter checkpoint, ``{"model": weights}`` with its ``variant.yml`` beside it.
 
-    Its encoder may have the matrices of Prune and Merge, named as in the authors' classification checkpoints. Files are
+    The encoder may have the matrices of Prune and Merge, named as in the authors' classification checkpoints. Files are
     read without running code from them.
 
     Args:
@@ -78,7 +78,7 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
 
     Raises:
         FileNotFoundError: there is no such file, or no ``variant.yml`` beside it.
-        ValueError: a file is truncated or foreign, or they do not fit each other.
+        ValueError: a file is truncated or foreign, or the two do not match.
     """
     path = Path(path)
     path = path / "checkpoint.pth" if path.is_dir() else path
@@ -103,7 +103,7 @@ def load_segmenter_checkpoint(path: str | os.PathLike) -> Segmenter:
         part, _, rest = name.partition(".")
         if part not in parts:
             raise ValueError(f"{path}: weights of a Segmenter begin with encoder. or decoder., got {name}")
-        # The classifier that the encoder was trained with is stored too, but never used.
+        # The classifier that the encoder was pretrained with is stored too, but never used.
         if part == "decoder" or not rest.startswith(("head", "pre_logits")):
             parts[part][rest] = value
     encoder = _from_authors_weights(path, parts["encoder"], None, heads, img_size)
@@ -139,7 +139,7 @@ def _from_authors_weights(
     num_heads: int | None,
     img_size: tuple[int, int] | None,
 ) -> VisionTransformer:
-    """The model of weights in which compressed blocks have matrices; a plain one where none has."""
+    """The model of these weights: compressed if any block has matrices, otherwise plain."""
     matrices: dict[int, dict[str, Tensor]] = {}
     weights = {}
     for name, value in state.items():
@@ -176,7 +176,7 @@ def _from_authors_weights(
 def _build_dense(
     weights: dict[str, Tensor], num_heads: int | None, img_size: tuple[int, int] | None
 ) -> VisionTransformer:
-    """The uncompressed model that weights of timm's names belong to, with random weights."""
+    """The uncompressed model that fits weights with timm's names, with random weights."""
     arguments, distilled = arguments_of(weights), "dist_token" in weights
     if img_size is None:
         side = math.isqrt(weights["pos_embed"].shape[1] - 1 - distilled)
@@ -193,7 +193,7 @@ def _build_dense(
 def _check_matrices(
     where: str, matrices: dict[str, Tensor], tokens: int, channels: list[int] | None, block: int
 ) -> None:
-    """Refuse a block's matrices that are not all there, or have other shapes than ``channels`` says, if it is given."""
+    """Refuse a block's matrices if some are missing, or if their shapes do not match ``channels`` where it is given."""
     if matrices.keys() != {"merge_matrix", "recover_matrix", "token_mask"}:
         raise ValueError(f"{where}: expected merge_matrix, recover_matrix and token_mask, got {sorted(matrices)}")
     if channels is not None and block >= len(channels):
@@ -206,12 +206,12 @@ def _check_matrices(
 
 
 def _read_stage(block: int, matrices: dict[str, Tensor], prefix: int) -> StagePlan:
-    """The stage of a block as far as its matrices tell."""
+    """The stage of a block, as far as its matrices determine it."""
     merge = matrices["merge_matrix"][prefix:, prefix:]
     kept_or_merged = matrices["token_mask"][prefix:] != 0
     weighed = merge.abs() * kept_or_merged
     segments = weighed.argmax(dim=0)
-    # Each row has the patch that it weighs most, even one that another row weighs more.
+    # Each row keeps the patch that it weighs most, even if another row weighs that patch more.
     segments[weighed.argmax(dim=1)] = torch.arange(len(merge))
     segments[~kept_or_merged] = -1
     weights = torch.where(kept_or_merged, merge.gather(0, segments.clamp_min(0)[None])[0], 0)

@@ -1,4 +1,4 @@
-"""timm's names for compressed models: ``pm_deit_small_patch16_224`` is ``deit_small_patch16_224`` with a plan."""
+"""Names for compressed models in timm's registry: ``pm_deit_small_patch16_224`` is the model with a plan."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def register_models() -> None:
 
 
 def registered_name(architecture: str) -> str:
-    """``pm_<architecture>``, registered now if a model of that name, someone's own, came after ours."""
+    """``pm_<architecture>``, registered now if a user added the architecture to timm after our registration."""
     name = architecture if architecture.startswith(PREFIX) else f"{PREFIX}{architecture}"
     if not timm.is_model(name) and timm.is_model(name.removeprefix(PREFIX)):
         register_model(_entrypoint(name.removeprefix(PREFIX)))
@@ -57,11 +57,11 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
         features, wanted = arguments.pop("features_only", False), arguments.pop("out_indices", 3)
         if arguments.pop("feature_cls", "getter") != "getter":
-            raise ValueError("feature_cls must be 'getter': maps of all patches come from forward_intermediates alone")
-        # A folder or hub that holds a compressed model has its weights, not those of the model before.
+            raise ValueError("feature_cls must be 'getter': maps of all patches come only from forward_intermediates")
+        # A folder or hub entry of a compressed model holds its weights, not those of the uncompressed model.
         compressed = "plan" in (arguments.get("pretrained_model_args") or {})
         model = make(pretrained=pretrained and not compressed, **arguments)
-        # A device that the caller has set (meta, for a model without weights) is the weights': plans are numbers.
+        # A device that the caller has set (such as meta) is meant for weights; the plan's tensors stay on the CPU.
         with torch.device("cpu"):
             model = compress(model, plan_from(plan), **options)
         if pretrained and compressed:
@@ -75,7 +75,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
 
 def _features(model: Compressed, out_indices: int | Sequence[int]) -> FeatureGetterNet:
-    """What ``features_only=True`` makes of any model of timm: images to the maps after some blocks."""
+    """timm's ``features_only=True``: images to the maps after some blocks."""
     net = FeatureGetterNet(model, out_indices)
     net.in_chans = model.patch_embed.proj.in_channels
     net.pretrained_cfg = net.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)

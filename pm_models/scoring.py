@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from .attention import fusable_attentions, fuse, fused_attentions
 from .compression import Compression
 from .data.loaders import images_and_targets
-from .models import Model, compression_of, encoder_of, evaluating, tokens_of
+from .models import compression_of, encoder_of, evaluating, tokens_of
 from .modules import replace_module
 from .unwrapping import unwrapped
 from .vision_transformer import PlainModel, check_vision_transformer
 
 
 def score_tokens(
-    model: Model,
+    model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     batches: int,
@@ -28,27 +29,26 @@ def score_tokens(
 
     For block ``l`` and token ``j``: the sum over batches of
     ``|sum over images, heads, queries of A * dLoss/dA| / (B * H * N)`` at ``A``'s column ``j``
-    (arXiv 2503.23455, section 3). It is read off the gradient of a gate on that column, so attention stays fused.
+    (arXiv 2503.23455, section 3). It is the gradient of a gate on that column, so attention stays fused.
 
-    In a compressed model, for another round of compression, the tokens of a block are its merged tokens; their scores
-    are those of all patches through the block's reconstruct matrix, ``|R| s``. A patch that the block prunes has 0.
+    A compressed model can be scored too, for another round of compression. A block then scores its merged tokens, and
+    the block's reconstruct matrix turns these into scores of all patches, ``|R| s``. A patch that it prunes scores 0.
 
-    Where ``torch.distributed`` is set up, every process scores batches of its own, and all return the sum.
+    Under ``torch.distributed`` every process scores batches of its own, and all return the sum.
 
     Args:
         model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, on any device, compressed or not, or a wrapper
-            of one (``torch.compile``, DistributedDataParallel, accelerate, ...), which is scored as the model inside;
-            it comes back as it was.
+            of one (``torch.compile``, DistributedDataParallel, accelerate, ...). It is left as it was.
         loader: yields (images (B, 3, H, W), targets).
-        batches: how many batches to take from this process's loader, at least 1 in all; a shorter loader is used
-            whole, with a warning.
-        loss_fn: ``loss_fn(logits, targets)``, a scalar.
+        batches: how many batches to take from this process's loader, at least 1 over all processes. A shorter loader
+            is used up, with a warning.
+        loss_fn: called as ``loss_fn(logits, targets)``, returns a scalar.
 
     Returns:
         (L, patches) float32 on the CPU, prefix tokens left out.
 
     Raises:
-        TypeError: the model is of another class, or a batch is no pair of tensors.
+        TypeError: the model is of another class, or a batch is not a pair of tensors.
         ValueError: ``batches`` is below 1, the loader is empty, images are not (B, C, H, W), or a block's attention has
             no fused form.
     """
@@ -61,7 +61,7 @@ def score_tokens(
         raise ValueError(f"batches must be at least 1, got {batches}")
     like = next(model.parameters())
     counts = tokens_of(model)
-    # In float64, so that the order of batches and processes is lost in the rounding to float32.
+    # In float64, so that the order of batches and processes makes no difference once rounded to float32.
     scores = [torch.zeros(count, dtype=torch.float64) for count in counts]
     heads = [next(iter(_attentions(block).values())).num_heads for block in encoder.blocks]
     taken = 0
@@ -90,7 +90,8 @@ def score_tokens(
     if taken == 0:
         raise ValueError("loader is empty: expected at least one batch of (images, targets)")
     if compression is not None:
-        blocks = (index for index in range(len(scores)) if compression.plan.stage_of(index) is not None)
+        plan = encoder.plan
+        blocks = (index for index in range(len(scores)) if plan.stage_of(index) is not None)
         for index, reconstruct in zip(blocks, encoder.reconstruct_matrices(), strict=True):
             scores[index] = reconstruct.detach().abs().cpu().double() @ scores[index]
     return torch.stack(scores)[:, encoder.num_prefix_tokens :].float()
@@ -101,7 +102,7 @@ def _check_can_be_scored(encoder: PlainModel, compression: Compression | None) -
         check_vision_transformer(encoder)
     elif compression.adaptive:
         raise ValueError(
-            "model has an AdaptivePlan, which merges other tokens in each image; score model.uncompressed()"
+            "model has an AdaptivePlan, which merges different tokens in each image; score model.uncompressed()"
         )
     for index, block in enumerate(encoder.blocks):
         if not _attentions(block):
@@ -110,13 +111,13 @@ def _check_can_be_scored(encoder: PlainModel, compression: Compression | None) -
             )
 
 
-def _attentions(block: nn.Module) -> dict[str, nn.Module]:
+def _attentions(block: nn.Module) -> dict[str, Any]:
     return fusable_attentions(block) | fused_attentions(block)
 
 
 @contextmanager
 def _gated(encoder: PlainModel, counts: list[int]) -> Iterator[list[Tensor]]:
-    """A gate of ones on every block's keys, as many as ``counts`` says; taken off at the end."""
+    """Put a gate of ones on the keys of every block, ``counts`` of them, and take it off at the end."""
     like = next(encoder.parameters())
     # A float32 gate sums the gradients of half-precision values in float32.
     dtype = torch.promote_types(like.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Semantic segmentation in one place: the data of :mod:`pm_models.data`, the measures of :mod:`pm_models.training`."""
+"""Semantic segmentation in one place: data from :mod:`pm_models.data`, measures from :mod:`pm_models.training`."""
 
 from .data import (
     IGNORED,

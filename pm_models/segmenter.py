@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .plan import Plan
+from .adaptive_plan import AdaptivePlan
+from .plan import CompressionPlan
 from .unwrapping import unwrapped
 from .vision_transformer import Compressed, PlainModel, check_vision_transformer, compress
 
@@ -19,7 +21,7 @@ DECODERS = ("mask_transformer", "linear")
 
 
 class LinearDecoder(nn.Module):
-    """One linear layer from each patch's token to its class scores (section 3.2).
+    """A linear layer from each patch's token to its class scores (section 3.2).
 
     Args:
         width: of the encoder's tokens.
@@ -36,7 +38,7 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Blocks over the patches and one embedding per class; a mask is their scalar product, L2-normalised (section 3.2).
+    """Blocks over the patches and one embedding per class; masks are their normalised scalar products (section 3.2).
 
     Parameters are named as in the published checkpoints.
 
@@ -90,7 +92,7 @@ class MaskTransformer(nn.Module):
 
 
 def check_encoder(model: nn.Module) -> None:
-    """Refuse what is no timm VisionTransformer or Eva, compressed or not.
+    """Refuse any model that is not a timm VisionTransformer or Eva, compressed or not.
 
     Raises:
         TypeError: the model is of another class.
@@ -100,9 +102,9 @@ def check_encoder(model: nn.Module) -> None:
 
 
 class Segmenter(nn.Module):
-    """A Vision Transformer whose patches are decoded to a map of classes.
+    """A Vision Transformer with a decoder from its patches to a map of classes.
 
-    Its weights are named ``encoder.*``, as timm names them, and ``decoder.*``, as the published checkpoints do.
+    Weights are named ``encoder.*``, then as in timm, and ``decoder.*``, then as in the published checkpoints.
 
     Args:
         encoder: a timm VisionTransformer or Eva, plain or compressed; its head is not used. It is not copied.
@@ -118,11 +120,11 @@ class Segmenter(nn.Module):
         ValueError: ``decoder`` is unknown, a number is out of range, or patches do not cover the images.
     """
 
-    PUBLISHED_NORM_EPS = 1e-5  # of the published encoders' norms, where timm has 1e-6
+    PUBLISHED_NORM_EPS = 1e-5  # in the norms of the published encoders; timm's is 1e-6
 
     def __init__(
         self,
-        encoder: PlainModel,
+        encoder: nn.Module,
         num_classes: int,
         *,
         decoder: str = "mask_transformer",
@@ -151,7 +153,7 @@ class Segmenter(nn.Module):
         if width % heads:
             raise ValueError(f"decoder_heads must divide the encoder's width {width}, got {heads}")
         self.num_classes = num_classes
-        self.encoder = encoder
+        self.encoder: PlainModel = encoder
         self.options = {
             "decoder": decoder,
             "decoder_depth": decoder_depth,
@@ -182,20 +184,20 @@ class Segmenter(nn.Module):
         """Images (B, 3, H, W) to logits (B, classes, H, W), interpolated from those of the patches.
 
         Raises:
-            ValueError: the images have another size than the encoder takes.
+            ValueError: the images do not have the encoder's size.
         """
         height, width = images.shape[-2:]
         logits = self.patch_logits(images)
         rows, columns = self.encoder.patch_embed.patch_size
-        # An encoder that pads images has patches that end beyond the picture.
+        # If the encoder pads images, patches reach beyond the image.
         padded = (logits.shape[-2] * rows, logits.shape[-1] * columns)
         return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[..., :height, :width]
 
     def patch_logits(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to logits (B, classes, h, w) of the grid of patches.
+        """Images (B, 3, H, W) to logits (B, classes, h, w) on the grid of patches.
 
         Raises:
-            ValueError: the images have another size than the encoder takes.
+            ValueError: the images do not have the encoder's size.
         """
         size = tuple(images.shape[-2:])
         grid = tuple(self.encoder.patch_embed.grid_size)
@@ -219,8 +221,8 @@ class Segmenter(nn.Module):
         blocks = [(of_encoder(pattern), order) for pattern, order in groups["blocks"]]
         return {"stem": of_encoder(groups["stem"]), "blocks": blocks}
 
-    def compressed(self, plan: Plan, **options: object) -> "Segmenter":
-        """A copy whose encoder is compressed by a plan; ``options`` are those of :func:`pm_models.compress`.
+    def compressed(self, plan: CompressionPlan | AdaptivePlan, **options: Any) -> "Segmenter":
+        """A copy whose encoder is compressed by a plan, with the ``options`` of :func:`pm_models.compress`.
 
         Raises:
             TypeError, ValueError: as :func:`pm_models.compress` does.
@@ -229,9 +231,10 @@ class Segmenter(nn.Module):
 
     def uncompressed(self) -> "Segmenter":
         """A copy with the same weights and a plain encoder."""
-        return copy.deepcopy(self.with_encoder(self.encoder.uncompressed()))
+        encoder = self.encoder
+        return copy.deepcopy(self.with_encoder(encoder.uncompressed() if isinstance(encoder, Compressed) else encoder))
 
-    def with_encoder(self, encoder: PlainModel) -> "Segmenter":
+    def with_encoder(self, encoder: nn.Module) -> "Segmenter":
         """The same decoder, not copied, on another encoder of the same width."""
         model = copy.copy(unwrapped(self))
         model._modules = self._modules | {"encoder": encoder}
@@ -241,22 +244,22 @@ class Segmenter(nn.Module):
 def sliding_window(
     model: nn.Module, images: Tensor, window: tuple[int, int], stride: int | None = None, *, batch_size: int = 8
 ) -> Tensor:
-    """Logits of images of any size at least the window's: the average of all windows that cover a pixel.
+    """Logits for images at least as large as the window: for each pixel the average over all windows that cover it.
 
-    Windows start at every multiple of the stride, the last of each row and column flush with the edge.
+    Windows start at every multiple of the stride; the last of each row and column is flush with the edge.
 
     Args:
         model: images (B, 3, h, w) to logits (B, classes, h, w) for (h, w) = ``window``.
         images: (B, 3, H, W).
         window: (h, w) in pixels.
         stride: pixels from one window to the next; ``None``: the window's side less 32, as Segmenter is evaluated.
-        batch_size: windows at a time.
+        batch_size: number of windows to run at a time.
 
     Returns:
         (B, classes, H, W).
 
     Raises:
-        ValueError: the images are smaller than the window, or the stride leaves pixels out.
+        ValueError: the images are smaller than the window, or the stride leaves gaps.
     """
     height, width = images.shape[-2:]
     if height < window[0] or width < window[1]:
@@ -295,22 +298,22 @@ def predict(
     flip: bool = False,
     batch_size: int = 8,
 ) -> Tensor:
-    """Probabilities of the classes of each pixel, by sliding windows of the encoder's size.
+    """Class probabilities of each pixel, by sliding windows of the encoder's size.
 
-    An image smaller than a window is enlarged until it covers one. With several scales, and with ``flip`` mirrored
-    images too, probabilities are averaged.
+    An image smaller than a window is enlarged to cover one. Probabilities are averaged over all scales and, with
+    ``flip``, over mirrored images.
 
     Args:
         model: in evaluation mode.
         images: (B, 3, H, W), normalised.
-        size: (height, width) of the result; ``None``: that of the images.
+        size: (height, width) of the result; ``None``: the images' size.
         stride: as in :func:`sliding_window`.
         scales: factors of the images' sides.
-        flip: also mirror each.
-        batch_size: windows at a time.
+        flip: also mirror each image.
+        batch_size: number of windows to run at a time.
 
     Returns:
-        (B, classes, *size), sums over the classes are 1.
+        (B, classes, *size); the sum over the classes is 1.
     """
     size = tuple(images.shape[-2:]) if size is None else tuple(size)
     window, total = model.image_size, 0.0
@@ -325,7 +328,7 @@ def predict(
 
 
 def _covering(images: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
-    """The images at a scale, or the smallest larger one at which they cover the window."""
+    """The images at the given scale, or at the smallest larger one at which they cover the window."""
     height, width = images.shape[-2:]
     scale = max(scale, window[0] / height, window[1] / width)
     size = (max(math.floor(height * scale + 0.5), window[0]), max(math.floor(width * scale + 0.5), window[1]))

@@ -1,34 +1,34 @@
-"""Models as they are served: compiled once for every batch that will come, before the first request."""
+"""Prepare models for serving: compile for every batch size before the first request."""
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .models import Model, frozen, input_size
+from .models import frozen, input_size
 from .unwrapping import unwrapped
 
 
 def warmup(
-    model: Model, batch_sizes: Sequence[int] = (1, 8), *, dtype: torch.dtype | None = None
+    model: nn.Module, batch_sizes: Sequence[int] = (1, 8), *, dtype: torch.dtype | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """Compile a model for inference and run it at the given batch sizes, so that no request waits for a compiler.
+    """Compile a model for inference and run it at the given batch sizes, so that no request waits for compilation.
 
-    A compressed model is served with the matrices that it has now, see ``freeze``; the given one is not frozen itself.
-    One graph serves a batch of 1, another all larger ones: a batch size that was not named is not compiled for either.
-    On a GPU every named batch size is replayed as a CUDA graph; another records one when it first comes.
+    A compressed model is served with its current matrices, see ``freeze``; the given model itself is not frozen. One
+    compiled graph serves batches of 1, another all larger ones, so that other batch sizes need no compilation either.
+    On a GPU every given batch size is replayed as a CUDA graph; for another one the graph is recorded at its first use.
 
     Args:
         model: a timm VisionTransformer or Eva, or a :class:`Segmenter`, compressed or not, on its device, or a wrapper
             of one (``torch.compile``, accelerate, ...); it is put into evaluation mode.
-        batch_sizes: numbers of images that will come.
-        dtype: of mixed precision (autocast), such as ``torch.bfloat16``; ``None``: the model's own.
+        batch_sizes: the batch sizes to expect.
+        dtype: the dtype of mixed precision (autocast), such as ``torch.bfloat16``; ``None``: no autocast.
 
     Returns:
-        Images (B, C, H, W) to logits, without gradients.
+        A function from images (B, C, H, W) to logits, without gradients.
 
     Raises:
-        ValueError: a batch size is below 1, or there is none.
+        ValueError: ``batch_sizes`` is empty or has one below 1.
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes must be at least one number, each at least 1, got {list(batch_sizes)}")
@@ -42,7 +42,7 @@ def warmup(
         compiled = single if images.shape[0] == 1 else several
         with torch.inference_mode(), torch.autocast(like.device.type, dtype, enabled=dtype is not None):
             logits = compiled(images)
-        return logits.clone() if on_gpu else logits  # the next replay writes over it
+        return logits.clone() if on_gpu else logits  # the next replay overwrites it
 
     for count in sorted(set(batch_sizes)):
         images = torch.zeros(count, *input_size(model), dtype=like.dtype, device=like.device)

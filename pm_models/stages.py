@@ -1,4 +1,4 @@
-"""One stage of a plan: which patches its blocks keep, merge and prune, and how scores tell that."""
+"""One stage of a plan: which patches its blocks keep, merge and prune, and how scores decide that."""
 
 import math
 from dataclasses import dataclass
@@ -49,11 +49,15 @@ class StagePlan:
 
     @property
     def pruned_patches(self) -> int:
+        """How many patches skip the stage's blocks."""
         return self.segments.count(-1)
 
 
 def kept_and_pruned(scores: Tensor, keep_rate: float, prune_rate: float) -> tuple[Tensor, Tensor]:
-    """Kept and pruned patches, (layers, n) bool, of layers that share the rates; each always keeps its best patch."""
+    """Which patches are kept and which pruned, (layers, n) bool, where all layers share the rates.
+
+    Every layer keeps at least its best patch.
+    """
     layers, patches = scores.shape
     kept, pruned = _ends(scores, int(patches * keep_rate) * layers, int(patches * prune_rate) * layers)
     kept[torch.arange(layers), scores.argmax(dim=1)] = True
@@ -61,12 +65,12 @@ def kept_and_pruned(scores: Tensor, keep_rate: float, prune_rate: float) -> tupl
 
 
 def _ends(scores: Tensor, highest: int, lowest: int) -> tuple[Tensor, Tensor]:
-    """Which are the highest and the lowest, so many of each, as bool; of equal scores the first is the higher."""
+    """Masks of the ``highest`` and ``lowest`` scores; of equal scores the first counts as the higher."""
     ranking = scores.flatten().argsort(descending=True, stable=True)
     ends = torch.zeros(2, len(ranking), dtype=torch.bool)
     ends[0, ranking[:highest]] = True
     ends[1, ranking[len(ranking) - lowest :]] = True
-    return ends.view(2, *scores.shape).unbind()
+    return ends[0].view_as(scores), ends[1].view_as(scores)
 
 
 def plan_stage(
@@ -82,7 +86,7 @@ def plan_stage(
     centres = kept.nonzero().squeeze(1)
     into = _nearest(centres, grid) if segments == "nearest" else _along_rows(centres, grid)
     of_centres = scores[centres[into]]
-    # A layer of zeros keeps one patch of score 0; its members, zero like it, weigh as much.
+    # A layer whose scores are all 0 keeps one patch; the patches merged into it get the same weight.
     weights = torch.where(of_centres > 0, scores / of_centres, 1.0).masked_fill(pruned, 0.0)
     if row_weights == "average":
         weights = weights / torch.zeros_like(scores).index_add(0, into, weights)[into]
@@ -91,7 +95,7 @@ def plan_stage(
 
 
 def _along_rows(centres: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The index among ``centres`` that each patch goes to: segments of the raster, cut at the row's end."""
+    """For each patch the index of the centre that it goes to, by segments of the raster that end with a row."""
     into = torch.empty(grid[0] * grid[1], dtype=torch.long)
     found, left = centres.tolist(), 0
     for index, centre in enumerate(found):
@@ -105,10 +109,10 @@ def _along_rows(centres: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _nearest(centres: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Likewise the nearest in the grid, the first of several."""
+    """For each patch the index of the nearest centre in the grid, the first of several."""
     rows, columns = centres // grid[1], centres % grid[1]
     across = (torch.arange(grid[1])[:, None] - columns).square()
-    # Row by row, as all distances at once would be patches times tokens.
+    # Row by row: a matrix of all distances would have patches times tokens entries.
     return torch.cat([(across + (row - rows).square()).argmin(dim=1) for row in range(grid[0])])
 
 

@@ -6,13 +6,13 @@ from tabulate import tabulate
 
 
 def compare(rows: Mapping[str, Mapping]) -> str:
-    """Accuracy (``top1`` or ``miou``), tokens per block, GMACs and throughput of models, one a line.
+    """A table with one model per line: accuracy (``top1`` or ``miou``), GMACs, throughput and tokens per block.
 
-    Throughput stands beside the first model's.
+    Throughput is also given as a multiple of the first model's.
     """
     first = next(iter(rows.values()))
     quality, heading = ("miou", "mIoU") if "miou" in first else ("top1", "top-1")
-    table = [("model", heading, "GMACs", "images/s", "speed", "tokens per block")]
+    table: list[tuple[str, ...]] = [("model", heading, "GMACs", "images/s", "speed", "tokens per block")]
     for name, row in rows.items():
         speed = row["images_per_second"]
         cells = (f"{row[quality]:.2f}%", f"{row['gmacs']:.4g}", f"{speed:.0f}")
@@ -21,11 +21,11 @@ def compare(rows: Mapping[str, Mapping]) -> str:
 
 
 def tokens_per_block(tokens: list[int]) -> str:
-    """``65 x 6`` where all are the same, else each."""
+    """``65 x 6`` where all blocks have the same number, otherwise the number of each."""
     return f"{tokens[0]} x {len(tokens)}" if len(set(tokens)) == 1 else " ".join(map(str, tokens))
 
 
 def format_table(rows: list[tuple[str, ...]]) -> str:
-    """Rows of cells in columns, the first row as the heading; first and last column flush left, others flush right."""
+    """Align rows of cells under the first one, the heading: outer columns flush left, inner ones flush right."""
     aligned = ("left", *("right",) * (len(rows[0]) - 2), "left")
     return tabulate(rows, headers="firstrow", tablefmt="simple", colalign=aligned, disable_numparse=True)

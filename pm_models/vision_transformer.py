@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import NoneType
+from typing import TypeVar
 
 import torch
 from timm.models._features import feature_take_indices
@@ -31,22 +32,23 @@ from .reductions.matrices import StageMatrices
 from .reductions.static import EXECUTIONS, Maps, StaticReduction
 from .unwrapping import unwrapped
 
+C = TypeVar("C", bound="Compressed")
 PlainModel = VisionTransformer | Eva  # the classes that can be compressed, their subclass for distillation too
 
 
 class Compressed(nn.Module):
-    """What every compressed model has in common, whichever of timm's classes it is beside; :func:`compress` makes one.
+    """What all compressed models have in common, whichever of timm's classes they extend; see :func:`compress`.
 
-    It takes over the given model's modules, whose parameter names stay timm's. Its one submodule more, ``stages``, runs
-    the blocks and holds the matrices, ``stages.<first block>.merge`` and ``.reconstruct``. Nothing is kept from one
-    forward to the next: whatever changes a weight or a matrix, the next forward has it.
+    It takes over the given model's modules, so parameter names stay timm's. One more submodule, ``stages``, runs the
+    blocks and holds the matrices, ``stages.<first block>.merge`` and ``.reconstruct``. Nothing is cached between
+    forwards: whatever changes a weight or a matrix, the next forward uses the new values.
 
     Args:
         model: the model to take over. It is not copied.
         compression: how it is compressed.
     """
 
-    plain_class: type[nn.Module]  # timm's, whose forwards run
+    plain_class: type[nn.Module]  # timm's class, whose forwards run
 
     def __init__(self, model: PlainModel, compression: Compression) -> None:
         nn.Module.__init__(self)
@@ -72,10 +74,10 @@ class Compressed(nn.Module):
 
     @property
     def execution(self) -> str:
-        """``"folded"``: no full token map between blocks; ``"literal"``: the paper's equations, word by word.
+        """``"folded"``: no full token map between blocks; ``"literal"``: the paper's equations, one by one.
 
-        With ``merge_site="attention"`` every merge needs the full map, and the two are the same. With an AdaptivePlan
-        there is the first alone.
+        With ``merge_site="attention"`` every merge needs the full map, and the two are the same. An AdaptivePlan has
+        only ``"folded"``.
         """
         return self.stages.execution
 
@@ -100,17 +102,17 @@ class Compressed(nn.Module):
         return [stage.matrices()[1] for stage in self._block_matrices()]
 
     def transitions(self) -> list[Transition | None]:
-        """The matrix that makes each stage's state from the one before, in order, as folded execution takes them.
+        """The matrices of folded execution that map each stage's state to the next, in order.
 
-        Uncompressed blocks between stages have one too. ``None`` is a state that stays as it is.
+        Uncompressed blocks between stages have one too. ``None``: the state does not change.
         """
         return self._static().fold(self._pooled_readout(), self.patch_embed.proj.weight.dtype).transitions
 
-    def freeze(self) -> "Compressed":
-        """Make the model's folded matrices constants, for serving: they no longer train, and are no longer saved.
+    def freeze(self: C) -> C:
+        """Make the model's folded matrices constants, for serving: they no longer train and are no longer saved.
 
-        What was computed from them in every forward is computed once. There is no way back; freeze a copy of a model
-        that is to be trained or saved.
+        They are then computed once instead of in every forward. This cannot be undone: freeze a copy of a model that is
+        still to be trained or saved.
         """
         self.stages.freeze(self.patch_embed.proj.weight.dtype)
         return self
@@ -119,7 +121,7 @@ class Compressed(nn.Module):
         """A plain timm model with a copy of the same weights, without the plan and its matrices."""
         plain = as_class(copy.deepcopy(unwrapped(self)), self.plain_class)
         del plain.compression, plain.stages
-        # Where timm made it under a name of ours, it recorded the options of compression too.
+        # If timm made the model under one of our names, it recorded our options too.
         recorded = getattr(plain, "_model_args", {})
         plain._model_args = {name: value for name, value in recorded.items() if name not in OPTIONS}
         if type(plain.blocks) is Blocks:
@@ -142,17 +144,17 @@ class Compressed(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, *args: object, **kwargs: object
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict:
-        """timm's ``forward_intermediates``: the full token map after each block asked for."""
+        """timm's ``forward_intermediates``, with the full token map after each requested block."""
         refuse_masks(kwargs.pop("attn_mask", None), kwargs.pop("is_causal", False))
         taken, _ = feature_take_indices(len(self.blocks), indices)
         blocks = _CapturingBlocks(self, taken, len(self.blocks), self.grid_of(x))
         return self.plain_class.forward_intermediates(self._around(blocks), x, indices, *args, **kwargs)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """The (rows, columns) of the images' patches.
+        """The grid (rows, columns) of the images' patches.
 
         Raises:
-            ValueError: it is not that of a CompressionPlan, though it may have as many patches.
+            ValueError: it differs from the grid of a CompressionPlan, even if it has as many patches.
         """
         if not hasattr(self.patch_embed, "dynamic_feat_size"):
             return self.plan.grid
@@ -166,14 +168,14 @@ class Compressed(nn.Module):
 
     @torch.no_grad()
     def clusters(self, images: Tensor) -> dict[int, Tensor]:
-        """Which patches have merged, with an AdaptivePlan, of images (B, 3, H, W).
+        """Which patches of images (B, 3, H, W) an AdaptivePlan merges.
 
         Returns:
-            By the block that a merge stands before: (B, patches) int64, the merged token that each patch is in, counted
-            from the first after the prefix tokens.
+            A dict with an entry for each block that tokens merge before. It holds (B, patches) int64, the merged token
+            that each patch is in, counted from the first one after the prefix tokens.
 
         Raises:
-            ValueError: the model has a CompressionPlan, in which patches merge alike in every image.
+            ValueError: the model has a CompressionPlan, which merges the same patches in every image.
         """
         if not self.compression.adaptive:
             raise ValueError(
@@ -185,7 +187,7 @@ class Compressed(nn.Module):
         return found
 
     def prune_intermediate_layers(self, *args: object, **kwargs: object) -> list[int]:
-        """timm's ``prune_intermediate_layers``; a stage that the cut goes through ends with the last block left."""
+        """timm's ``prune_intermediate_layers``; a stage that is cut ends with the last remaining block."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
         self.stages.cut(len(self.blocks))
         return taken
@@ -193,10 +195,10 @@ class Compressed(nn.Module):
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
-        """Refused where it would change the grid that a CompressionPlan was made for; an AdaptivePlan is scaled to it.
+        """Change the size of the images. An AdaptivePlan is scaled to the new grid, a CompressionPlan keeps its own.
 
         Raises:
-            ValueError: the new size has another grid than a CompressionPlan.
+            ValueError: the new grid is not that of the CompressionPlan.
         """
         height, width = img_size or self.patch_embed.img_size
         rows, columns = patch_size or self.patch_embed.patch_size
@@ -214,7 +216,7 @@ class Compressed(nn.Module):
         super().set_input_size(img_size=img_size, patch_size=patch_size)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's parameters without weight decay, and the merge and reconstruct matrices."""
+        """timm's parameters without weight decay, plus the merge and reconstruct matrices."""
         return set(super().no_weight_decay()) | {f"stages.{name}" for name, _ in self.stages.named_parameters()}
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -223,20 +225,22 @@ class Compressed(nn.Module):
         return groups | {"blocks": [*groups["blocks"], (r"^stages\.(\d+)", None)]}
 
     def _features(self, readout: str, x: Tensor, **filled: dict) -> Tensor:
-        """Images to the normalised rows of ``readout``, by timm's ``forward_features``."""
+        """Images to the normalised rows of ``readout``, through timm's ``forward_features``."""
         blocks = _AllBlocks(self, partial(self._run, grid=self.grid_of(x), readout=readout, **filled))
         return self.plain_class.forward_features(self._around(blocks), x)
 
     def _around(self, blocks: "_AllBlocks | _CapturingBlocks") -> Rewired:
-        """The model as timm's forwards see it: they embed, walk ``blocks``, and normalise; checkpointing is ours.
+        """The model as timm's forwards see it: they embed, iterate over ``blocks``, normalise; checkpointing is ours.
 
-        ``rope_mixed`` would hand each block its own part of the rotary table, but it is one call that runs them all.
+        With ``rope_mixed`` timm would pass each block its part of the rotary table, but here one call runs all blocks.
         """
         return Rewired(self, blocks=blocks, grad_checkpointing=False, rope_mixed=False)
 
     def _static(self) -> StaticReduction:
         if self.compression.adaptive:
-            raise ValueError("the model has an AdaptivePlan: what merges is decided for each image, by no matrices")
+            raise ValueError(
+                "the model has an AdaptivePlan, which decides image by image what merges and has no matrices"
+            )
         return self.stages
 
     def _block_matrices(self) -> Iterator[StageMatrices]:
@@ -245,14 +249,14 @@ class Compressed(nn.Module):
                 yield from [self.stages[run.stage]] * (run.last - run.first + 1)
 
     def _pooled_readout(self) -> str:
-        """The rows that the head reads, or that something hung on the model is to see."""
+        """The rows that the head reads, or all rows where a hook may look at them."""
         if self.attn_pool is not None or getattr(self, "pool_include_prefix", False):
             return "all"
         if is_touched(self.norm, self.blocks):
             return "all"
         if self.global_pool == "token":
             return "prefix"
-        # The mean of the patches is linear, a norm before it is not.
+        # The mean over the patches is linear, but a norm before it is not.
         if self.global_pool == "avg" and isinstance(self.norm, nn.Identity):
             return "patch_mean"
         return "all"
@@ -265,13 +269,13 @@ class Compressed(nn.Module):
         readout: str = "all",
         **filled: dict,
     ) -> Tensor:
-        """``filled`` are the dicts that the reduction is to fill in: ``maps``, ``clusters``."""
+        """``filled``: dicts for the reduction to fill in, ``maps`` or ``clusters``."""
         checkpointing = self.grad_checkpointing
         return self.stages(self.blocks, x, readout, rope, grid=grid, checkpointing=checkpointing, **filled)
 
 
 class Blocks(nn.Sequential):
-    """A compressed VisionTransformer's blocks: a call runs them as the model does, hooks on all of them included."""
+    """A compressed VisionTransformer's blocks. A call runs them as the model does, with the hooks on the container."""
 
     def forward(self, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         return super().forward(x) if run is None else run(x)
@@ -284,22 +288,22 @@ class PMVisionTransformer(Compressed, VisionTransformer):
 
 
 class PMVisionTransformerDistilled(PMVisionTransformer, VisionTransformerDistilled):
-    """The same on timm's :class:`~timm.models.deit.VisionTransformerDistilled`: two prefix tokens, two heads."""
+    """The same for timm's :class:`~timm.models.deit.VisionTransformerDistilled`: two prefix tokens, two heads."""
 
     plain_class = VisionTransformerDistilled
 
 
 class PMEva(Compressed, Eva):
-    """The same on timm's :class:`~timm.models.eva.Eva`: EVA-02, DINOv3 and others, with rotary positions or without.
+    """The same for timm's :class:`~timm.models.eva.Eva`: EVA-02, DINOv3 and others, with rotary positions or without.
 
-    A merged token stands at the mean of its patches' positions, by the weights of the plan's merge matrix.
+    A merged token's position is the mean of its patches' positions, weighted by the plan's merge matrix.
     """
 
     plain_class = Eva
 
 
 class _AllBlocks:
-    """Blocks as ``forward_features`` runs them: a VisionTransformer calls them, an Eva walks them and meets one."""
+    """Blocks for ``forward_features``: a VisionTransformer calls them, an Eva iterates and gets a single one."""
 
     def __init__(self, model: Compressed, run: Callable[..., Tensor]) -> None:
         self._model = model
@@ -314,7 +318,7 @@ class _AllBlocks:
 
 
 class _CapturingBlocks:
-    """Blocks as ``forward_intermediates`` walks them: the first call runs the model, each hands out its full map."""
+    """Blocks for ``forward_intermediates``: the first call runs the model, and each call returns a block's full map."""
 
     def __init__(self, model: Compressed, taken: list[int], depth: int, grid: tuple[int, int]) -> None:
         self._model = model
@@ -340,24 +344,24 @@ class _CapturingBlocks:
             yield lambda *_, index=index, **__: maps.get(index)
 
 
-_COMPRESSED_CLASSES: dict[type[PlainModel], type[Compressed]] = {
+_COMPRESSED_CLASSES: dict[type[nn.Module], type[PMVisionTransformer | PMEva]] = {
     compressed.plain_class: compressed for compressed in (PMVisionTransformer, PMVisionTransformerDistilled, PMEva)
 }
 
 
 def compress(
-    model: PlainModel,
+    model: nn.Module,
     plan: CompressionPlan | AdaptivePlan,
     *,
     train_matrices: str | None = "support",
     size_bias: bool = False,
     merge_site: str = "block",
     shortcut: str = "pruned",
-) -> Compressed:
+) -> PMVisionTransformer | PMEva:
     """Compress a timm Vision Transformer by a plan: static (arXiv 2503.23455, section 3) or adaptive.
 
-    With an :class:`~pm_models.AdaptivePlan`, tokens merge by what is in each image: no weights are added, nothing has
-    to be trained, and the options stay as they are.
+    With an :class:`~pm_models.AdaptivePlan`, the tokens that are most alike in each image merge. No weights are added,
+    no training is needed, and the options must keep their defaults.
 
     Args:
         model: a timm VisionTransformer, VisionTransformerDistilled or Eva, or a wrapper of one (``torch.compile``,
@@ -365,18 +369,18 @@ def compress(
         plan: a CompressionPlan or an AdaptivePlan, made for the model's grid, depth and prefix tokens.
         train_matrices: which entries of the merge and reconstruct matrices train: ``"support"``, the plan's nonzeros;
             ``"dense"``, all; ``None``, none.
-        size_bias: add the logarithm of the number of tokens that a merged token stands for to its logits as a key
-            (proportional attention).
-        merge_site: where a stage's first block merges: ``"block"``, before it, as in the paper; ``"attention"``, inside
-            its attention, whose norm and projection to queries, keys and values then see all tokens: more work, and
-            what a merge averages is normalised already.
-        shortcut: what skips a block: ``"pruned"``, pruned tokens, as in the paper; ``"all"``, whatever the merge leaves
-            out, ``x - R M x``: merged tokens share what the block adds, and each keeps what it had. More rows are
-            carried from block to block.
+        size_bias: add the logarithm of a merged token's number of members to its logits as a key (proportional
+            attention).
+        merge_site: where a stage's first block merges: ``"block"``, before the block, as in the paper; ``"attention"``,
+            inside its attention, so that the norm and the projection to queries, keys and values see all tokens. That
+            is more work, but the merged values are normalised.
+        shortcut: what skips a block: ``"pruned"``, the pruned tokens, as in the paper; ``"all"``, everything that the
+            merge leaves out, ``x - R M x``. Merged tokens then share what the block adds and keep what each had. More
+            rows are carried from block to block.
 
     Returns:
-        A new model, of the given one's class in every way, on the same device, in the same dtype and mode: a
-        :class:`PMVisionTransformer`, or a :class:`PMEva`.
+        A new :class:`PMVisionTransformer` or :class:`PMEva`, which behaves like the given model's class in every way,
+        on the same device, in the same dtype and mode.
 
     Raises:
         TypeError: the model is of another class.
@@ -391,13 +395,13 @@ def compress(
             if not merges_inside(model.blocks[stage.first]):
                 raise ValueError(
                     f"merge_site='attention' needs timm's Block with its Attention, ungated; block {stage.first} is a "
-                    f"{type(model.blocks[stage.first]).__name__} that has another"
+                    f"{type(model.blocks[stage.first]).__name__} without them"
                 )
     return _COMPRESSED_CLASSES[type(model)](copy.deepcopy(model), compression)
 
 
 def check_vision_transformer(model: nn.Module) -> None:
-    """Refuse what is no plain timm VisionTransformer, saying why.
+    """Refuse any model that is not a plain timm VisionTransformer, and say why.
 
     Raises:
         TypeError: the model is of another class.
@@ -422,13 +426,13 @@ def _check_model(model: PlainModel, size_bias: bool) -> None:
         attentions = fusable_attentions(block)
         if size_bias and not attentions:
             raise ValueError(
-                f"size_bias needs timm's Attention in every block, block {index} is a {type(block).__name__} without"
+                f"size_bias needs timm's Attention in every block; block {index}, a {type(block).__name__}, has none"
             )
         for attention in attentions.values():
             if attention.attn_drop.p > 0:
                 raise ValueError(
                     f"model has attention dropout {attention.attn_drop.p} (attn_drop_rate) in block {index}, which "
-                    "no fused kernel does; create it with attn_drop_rate=0"
+                    "no fused kernel supports; create it with attn_drop_rate=0"
                 )
 
 

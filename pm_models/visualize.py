@@ -19,9 +19,9 @@ from .models import Model, encoder_of
 from .plan import CompressionPlan, StagePlan
 
 _KEPT, _MERGED, _PRUNED = "#2a9d8f", "#e9c46a", "#3d405b"
-# (256, 3) from 0 to 1, of classes: twenty that differ well, then a scale; white for 255.
+# (256, 3) from 0 to 1, the colours of classes: twenty distinct ones, then a scale; white for 255.
 _CLASS_COLOURS = np.concatenate(
-    [colormaps["tab20"].colors, colormaps["nipy_spectral"](np.linspace(0, 1, 235))[:, :3], np.ones((1, 3))]
+    [colormaps["tab20"](range(20))[:, :3], colormaps["nipy_spectral"](np.linspace(0, 1, 235))[:, :3], np.ones((1, 3))]
 )
 
 
@@ -53,19 +53,19 @@ def plan_figure(plan: CompressionPlan, image: np.ndarray | None = None) -> Figur
 
 
 def save_plan_picture(plan: CompressionPlan, path: str | os.PathLike, image: np.ndarray | None = None) -> None:
-    """Write :func:`plan_figure` as a PNG, whole or not at all."""
+    """Write :func:`plan_figure` to a PNG file, which is replaced as a whole or not at all."""
     _save(plan_figure(plan, image), path)
 
 
 def cluster_figure(model: Model, image: Tensor, picture: np.ndarray) -> Figure:
-    """Draw an image, and for each merge the image with the patches of every token outlined.
+    """Draw an image and, for each merge, the image with the patches of every token outlined.
 
-    Patches that have merged are in their mean colour, those that are tokens still show the image.
+    Merged patches have their mean colour; patches that are still tokens of their own show the image.
 
     Args:
-        model: with an AdaptivePlan, in evaluation mode.
-        image: (C, H, W), what the model is given.
-        picture: (H, W) or (H, W, 3), the same to be seen, values from 0 to 1.
+        model: a model with an AdaptivePlan, in evaluation mode.
+        image: (C, H, W), the model's input.
+        picture: (H, W) or (H, W, 3), the same image as it is displayed, values from 0 to 1.
 
     Returns:
         A matplotlib figure, not attached to any window.
@@ -77,7 +77,7 @@ def cluster_figure(model: Model, image: Tensor, picture: np.ndarray) -> Figure:
     images = image[None].to(encoder.patch_embed.proj.weight)
     clusters, plan = encoder.clusters(images), encoder.plan.resize(encoder.grid_of(images))
     (rows, columns), (height, width) = plan.grid, encoder.patch_embed.patch_size
-    picture = picture[: rows * height, : columns * width]  # the last patches may end before the image does, or beyond
+    picture = picture[: rows * height, : columns * width]  # the patches may cover less or more than the image
     extent = (0, picture.shape[1] / width, picture.shape[0] / height, 0)
     figure, panels = _panels(1 + len(clusters))
     _draw_picture(panels[0], picture, extent)
@@ -91,7 +91,7 @@ def cluster_figure(model: Model, image: Tensor, picture: np.ndarray) -> Figure:
 
 
 def save_cluster_picture(model: Model, path: str | os.PathLike, image: Tensor, picture: np.ndarray) -> None:
-    """Write :func:`cluster_figure` as a PNG, whole or not at all."""
+    """Write :func:`cluster_figure` to a PNG file, which is replaced as a whole or not at all."""
     _save(cluster_figure(model, image, picture), path)
 
 
@@ -144,7 +144,7 @@ def token_layers(model: Model, image: Tensor, picture: np.ndarray) -> list[Layer
 def save_accuracy_picture(
     points: Mapping[str, tuple[float, float]], path: str | os.PathLike, *, quality: str = "top-1 accuracy"
 ) -> None:
-    """Write a PNG of models by name, each at its throughput (images/s) and ``quality`` (percent)."""
+    """Write a PNG file with models by name, each at its throughput (images/s) and ``quality`` (percent)."""
     figure, axes = _chart("images per second", f"{quality} (%)")
     for name, (speed, percent) in points.items():
         axes.plot(speed, percent, "o", color=_KEPT)
@@ -158,12 +158,12 @@ def save_latency_picture(
     path: str | os.PathLike,
     measured: Mapping[int, tuple[float, float]],
 ) -> None:
-    """Write a PNG of speed against tokens in every block, a line for each batch size.
+    """Write a PNG file of speed against tokens in every block, with a line for each batch size.
 
     Args:
-        lines: by batch size, numbers of tokens and how many times as fast as all tokens each is.
-        path: of the file.
-        measured: by batch size, a compressed model's mean number of tokens and its speed; may be empty.
+        lines: for each batch size, numbers of tokens and the speed of each as a multiple of that on all tokens.
+        path: the file to write.
+        measured: for each batch size, a compressed model's mean number of tokens and its speed; may be empty.
     """
     figure, axes = _chart("tokens in every block", "times as fast as all tokens")
     for index, (batch, (tokens, speeds)) in enumerate(lines.items()):
@@ -175,11 +175,11 @@ def save_latency_picture(
 
 
 def segmentation_figure(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]]) -> Figure:
-    """Draw a row for each image: the image, and a column of classes for each of ``maps``.
+    """Draw a row for each image: the image, and its classes in a column for each of ``maps``.
 
     Args:
         images: (height, width, 3) each, values from 0 to 1.
-        maps: by the column's title, for each image its classes (height, width), of any size; 255 is drawn white.
+        maps: by column title, the classes (height, width) of each image, in any size; 255 is drawn white.
 
     Returns:
         A matplotlib figure, not attached to any window.
@@ -198,12 +198,12 @@ def segmentation_figure(images: Sequence[np.ndarray], maps: Mapping[str, Sequenc
 def save_segmentation_picture(
     images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], path: str | os.PathLike
 ) -> None:
-    """Write :func:`segmentation_figure` as a PNG, whole or not at all."""
+    """Write :func:`segmentation_figure` to a PNG file, which is replaced as a whole or not at all."""
     _save(segmentation_figure(images, maps), path, dpi=110)
 
 
 def _panels(count: int, legend: float = 0) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels or a few more, in rows of at most four or five, with inches for a legend below."""
+    """A figure with at least ``count`` panels in rows of four or five, and ``legend`` inches below for a legend."""
     columns = min(max(count, 1), 5 if count == 5 else 4)
     rows = max(math.ceil(count / columns), 1)
     figure = Figure(figsize=(2.6 * columns, 2.8 * rows + legend), layout="constrained")
@@ -214,7 +214,7 @@ def _panels(count: int, legend: float = 0) -> tuple[Figure, list[Axes]]:
 
 
 def _chart(x: str, y: str) -> tuple[Figure, Axes]:
-    """An empty figure of one panel, with the names of its axes."""
+    """An empty figure with one panel and labelled axes."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x)
@@ -247,7 +247,7 @@ def _draw_stage(panel: Axes, plan: CompressionPlan, stage: StagePlan, image: np.
 
 
 def _kept_patches(stage: StagePlan) -> list[int]:
-    """The patch of each segment with the largest weight."""
+    """The patch with the largest weight in each segment."""
     best: dict[int, int] = {}
     for patch in sorted(range(len(stage.segments)), key=stage.weights.__getitem__):
         best[stage.segments[patch]] = patch
@@ -259,7 +259,7 @@ def _draw_picture(panel: Axes, picture: np.ndarray, extent: tuple[float, float, 
 
 
 def _painted(picture: np.ndarray, tokens: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-    """The picture with the pixels of all patches of a token in their mean colour, where there are several."""
+    """The picture with the mean colour in the patches of every token that has several."""
     places = _of_pixels(tokens, picture, patch_size)
     painted = picture.copy()
     for token in np.flatnonzero(np.bincount(tokens.ravel()) > 1):

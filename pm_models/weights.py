@@ -1,4 +1,4 @@
-"""Weights by name: the files that timm, DeiT, Lightning and others save them in, and models that take them."""
+"""Read weights from the files that timm, DeiT, Lightning and others write, and load them into models."""
 
 import itertools
 import os
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +20,25 @@ from torch import Tensor, nn
 
 from .vision_transformer import PlainModel
 
-# Where a training script's file holds the weights, the first that is there: averaged ones before the last step's.
+# Keys under which training scripts store weights, in order of preference: averaged ones before the last step's.
 _HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "teacher", "student")
-# What torch.compile, FSDP and activation checkpointing put into names anywhere, and what wraps a whole model.
+# What torch.compile, FSDP and activation checkpointing insert anywhere in names, and prefixes of a whole model.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIXES = ("module.", "model.")
 _PIECE = re.compile(r"-\d{5}-of-(?!00001)\d{5}\b|\.index\.json$")
 _OTHER_FORMATS = {".gguf", ".h5", ".hdf5", ".index", ".json", ".msgpack", ".npy", ".npz", ".onnx", ".pb", ".pt2"}
-_HEAD = {"attn_pool", "fc_norm", "head", "head_dist"}  # the modules of timm's that read the tokens
+_HEAD = {"attn_pool", "fc_norm", "head", "head_dist"}  # timm's modules that read the tokens
 
 
 class _Unread:
-    """Stands for an object that a file holds beside its weights, and takes whatever state pickle has for it."""
+    """A placeholder for objects that a file holds besides its weights; it accepts and drops any state."""
 
     def __init__(self, *_: object) -> None: ...
 
     def __setstate__(self, _: object) -> None: ...
 
 
-# Training scripts leave their arguments and metrics beside the weights. Nothing of these classes runs.
+# Training scripts store arguments and metrics with the weights. No code of these classes runs.
 _UNREAD = [
     (_Unread, f"{module}.{name}")
     for modules, names in (
@@ -53,15 +54,16 @@ _UNREAD = [
 def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
     """The weights in a ``.safetensors`` file, or in one of ``torch.save`` as timm, DeiT, Lightning and others write it.
 
-    What a training script leaves beside the weights is ignored. Names lose what DDP, ``torch.compile`` or Lightning
-    put before all of them: ``module.``, ``_orig_mod.``, ``model.``.
+    Anything else that a training script stores is ignored. Prefixes that DDP, ``torch.compile`` or Lightning put before
+    all names are removed: ``module.``, ``_orig_mod.``, ``model.``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, in pieces, of another format, or holds no weights. Pickled code is never run.
+        ValueError: the file is truncated, one of several shards, of another format, or holds no weights. Pickled code
+            is never run.
     """
-    content = read_file(path, "is truncated or no checkpoint that loads without running code")
-    for _ in range(3):  # not without end, as a file may hold itself
+    content = read_file(path, "is truncated or not a checkpoint that loads without running code")
+    for _ in range(3):  # bounded, because a file may contain itself
         content = next((content[key] for key in _HOLDERS if _holds(content, key)), content)
     if not is_weights(content):
         raise ValueError(f"{os.fspath(path)} holds no weights: expected tensors by name, or such a dict under 'model'")
@@ -69,12 +71,12 @@ def load_state_file(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: bool = False) -> None:
-    """Give a timm model the weights of someone's file, renamed and resized by timm's own rules.
+    """Load the weights of a file into a timm model, renamed and resized by timm's own rules.
 
     Args:
-        model: it is changed in place.
-        path: as :func:`load_state_file` takes it, or an ``.npz`` of the original JAX weights.
-        new_head: where the file has no head, or one for other classes, the model keeps its own, with a warning.
+        model: the model, changed in place.
+        path: a file that :func:`load_state_file` reads, or an ``.npz`` of the original JAX weights.
+        new_head: keep the model's own head, with a warning, if the file has none or one for other classes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,10 +108,10 @@ def load_checkpoint(model: PlainModel, path: str | os.PathLike, *, new_head: boo
 
 
 def check_head(source: str, classes: int, wanted: int, *, new_head: bool) -> None:
-    """Warn of, or refuse, weights whose head is for other classes than the model's; 0 classes are no head.
+    """Warn about weights whose head has another number of classes than the model, or refuse them; 0 means no head.
 
     Raises:
-        ValueError: they differ, and a new head is not what the command is for.
+        ValueError: the numbers differ, and ``new_head`` is not set.
     """
     if wanted in (0, classes):
         return
@@ -123,10 +125,10 @@ def check_head(source: str, classes: int, wanted: int, *, new_head: bool) -> Non
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights that must be the model's, all of them; ``source`` says whose they are.
+    """Load weights that must match the model exactly; ``source`` says in errors where they come from.
 
     Raises:
-        ValueError: they are another model's; the message counts and names what differs.
+        ValueError: they are of another model; the message counts and names the differences.
     """
     try:
         model.load_state_dict(weights)
@@ -136,15 +138,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def arguments_of(weights: dict[str, Tensor]) -> dict[str, object]:
-    """The arguments of timm's models that weights of timm's names tell: sizes, classes, biases, layer scale.
+    """Arguments of ``timm.create_model`` derived from weights: sizes, classes, biases, layer scale.
 
     Raises:
         KeyError: a weight of a Vision Transformer is missing.
-        ValueError: there is a block too many.
+        ValueError: a block's number is too large.
     """
     width, in_chans, *patch_size = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    if depth > len(weights):  # before memory is taken for them
+    if depth > len(weights):  # before memory is allocated for them
         raise ValueError(f"it has a weight of block {depth - 1}, but no more than {len(weights)} weights")
     return {
         "patch_size": tuple(patch_size),
@@ -159,16 +161,16 @@ def arguments_of(weights: dict[str, Tensor]) -> dict[str, object]:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """The ``mlp_ratio`` of which timm makes ``hidden``."""
+    """The ``mlp_ratio`` from which timm computes ``hidden``."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 
 @contextmanager
 def refusing(refusal: str) -> Iterator[None]:
-    """Make an error of any kind a ValueError of one line: what is refused, and why.
+    """Turn an error of any kind into a one-line ValueError that says what is refused and why.
 
-    For code of others' that raises a dozen kinds, where names, shapes or files are not what it expects.
+    For other libraries' code, which raises a dozen kinds where names, shapes or files are not what it expects.
     """
     try:
         yield
@@ -177,7 +179,7 @@ def refusing(refusal: str) -> Iterator[None]:
 
 
 def cause(error: Exception) -> str:
-    """What an error says, in one line: without terminal codes, and without what torch writes around the cause."""
+    """An error's message in one line, without terminal codes and without torch's text around the cause."""
     text = str(error) if str(error) and not isinstance(error, KeyError) else repr(error)
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).split("WeightsUnpickler error:")[-1].split(" In PyTorch 2.6")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
@@ -185,12 +187,12 @@ def cause(error: Exception) -> str:
     return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
-def read_file(path: str | os.PathLike, refusal: str) -> object:
-    """What a file holds; of objects that are not needed an :class:`_Unread`.
+def read_file(path: str | os.PathLike, refusal: str) -> Any:
+    """The content of a file, with an :class:`_Unread` in place of objects that are not needed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, which ``refusal`` says, and why.
+        ValueError: it cannot be read; the message is ``refusal`` and the reason.
     """
     path = Path(path)
     if path.is_dir():
@@ -198,9 +200,9 @@ def read_file(path: str | os.PathLike, refusal: str) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     if _PIECE.search(path.name):
-        raise ValueError(f"{path} is of a checkpoint in several files (shards): save the weights as one file first")
+        raise ValueError(f"{path} is one of several files of a checkpoint (shards): save the weights as one file first")
     if path.suffix.lower() in _OTHER_FORMATS:
-        raise ValueError(f"{path} is of a format that is not read: expected .safetensors, or what torch.save wrote")
+        raise ValueError(f"{path} has an unsupported format: expected .safetensors, or what torch.save wrote")
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -218,11 +220,11 @@ def read_file(path: str | os.PathLike, refusal: str) -> object:
 
 
 def _what_needs_code(path: Path, error: Exception) -> str:
-    """The classes and functions that a file of ``torch.save`` cannot be read without, and what to do about them."""
+    """The classes and functions that a ``torch.save`` file cannot be read without, and what to do about them."""
     try:
         with torch.serialization.safe_globals(_UNREAD):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a file of the versions before 1.6, or a broken one
+    except Exception:  # a file from torch before 1.6, or a broken one
         names = re.findall(r"GLOBAL (\S+) w", str(error))
     if not names:
         return ""
@@ -235,7 +237,7 @@ def _holds(content: object, key: str) -> bool:
 
 
 def is_weights(content: object) -> bool:
-    """Whether it is tensors by name, at least one."""
+    """Whether the content is a dict of at least one tensor by name."""
     return (
         isinstance(content, dict)
         and bool(content)
@@ -244,8 +246,8 @@ def is_weights(content: object) -> bool:
 
 
 def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the names of the model that was wrapped."""
-    # torch.optim.swa_utils.AveragedModel counts beside its module.
+    """The weights under the names that they have in the model inside all wrappers."""
+    # torch.optim.swa_utils.AveragedModel also stores a counter.
     weights = {name: value for name, value in weights.items() if name != "n_averaged"}
     names = [_WRAPPERS.sub("", name) for name in weights]
     while prefix := next((start for start in _PREFIXES if names and all(name.startswith(start) for name in names)), ""):
@@ -257,18 +259,18 @@ def _of_encoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the one Vision Transformer in a larger model, such as a Lightning module's ``backbone.``."""
     first = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
-    # timm takes those of OpenCLIP out itself, and the head that is beside them.
+    # timm extracts those of OpenCLIP itself, with the head that belongs to them.
     if first in weights or len(prefixes) != 1 or prefixes[0].startswith("visual."):
         return weights
     return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
 
 
 def _with_own_head(model: PlainModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with the model's own head where theirs is another, and without one that the model has not."""
+    """The weights with the model's own head where theirs differs, and without a head that the model lacks."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if model.num_classes and "fc_norm.weight" in missing and "norm.weight" in unexpected:
-        # A better start than a new norm, as timm has it for EVA.
+        # A better start than a new norm; timm does the same for EVA.
         weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
     other = [name for name in _different_names(model, weights) if _is_head(name)]
     own = {name: expected[name] for name in other if name in expected}
@@ -280,7 +282,7 @@ def _is_head(name: str) -> bool:
 
 
 def _load_npz(model: VisionTransformer, path: Path, new_head: bool) -> None:
-    with refusing(f"{path} is no checkpoint in JAX's layout of the model"):
+    with refusing(f"{path} is not a checkpoint in JAX's layout of the model"):
         with np.load(path, allow_pickle=False) as arrays:
             classes = next((len(arrays[name]) for name in arrays.files if name.endswith("head/bias")), 0)
         model.load_pretrained(str(path))
@@ -288,13 +290,13 @@ def _load_npz(model: VisionTransformer, path: Path, new_head: bool) -> None:
 
 
 def _different_names(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """The names that the model or the weights lack, or that have other shapes."""
+    """Names that the model or the weights lack, and names whose shapes differ."""
     wanted, given = ({name: value.shape for name, value in of.items()} for of in (model.state_dict(), weights))
     return [name for name in wanted | given if wanted.get(name) != given.get(name)]
 
 
 def _differences(model: nn.Module, weights: dict[str, Tensor]) -> str:
-    """How weights differ from the model's: how many, and the first few by their names and shapes."""
+    """How weights differ from the model's: the number of differences, and the first few with their shapes."""
     expected, different = model.state_dict(), _different_names(model, weights)
 
     def shapes(name: str) -> str:
@@ -314,7 +316,7 @@ def _differences(model: nn.Module, weights: dict[str, Tensor]) -> str:
 
 
 def _about_positions(model: PlainModel, weights: dict[str, Tensor], error: Exception) -> str:
-    """Why positions cannot be resized: other tokens before the patches, or patches in no square."""
+    """Why positions cannot be resized: different prefix tokens, or patches that form no square."""
     expected = model.state_dict()
     reasons = []
     for name, tokens in (("cls_token", "class"), ("dist_token", "distillation"), ("reg_token", "register")):

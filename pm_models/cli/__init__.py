@@ -1,4 +1,4 @@
-"""The command line ``pm-vit``: its options are the dataclasses in :mod:`.options`, which the commands take."""
+"""The command line ``pm-vit``. Its options are the dataclasses in :mod:`.options`, which the commands take."""
 
 import argparse
 import inspect
@@ -11,7 +11,7 @@ import torch
 
 from ..training import launched_processes
 from . import commands, options, tools
-from .arguments import add_options, options_of, read_options
+from .arguments import Option, add_options, flag, options_of, read_options
 from .config import find_task, is_given, read_config
 from .tasks import TASKS
 
@@ -26,12 +26,12 @@ _COMMANDS = {
     "bench": (options.Bench, tools.bench),
     "report": (options.Report, tools.report),
 }
-# Those that read data: with --config, with --task, and in the processes of a launcher.
+# Commands that read data: they have --config and --task, and run in several processes.
 _ON_DATA = [name for name, (kind, _) in _COMMANDS.items() if issubclass(kind, options.Command)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``pm-vit``; an error of the user's is one line on standard error and exit status 2."""
+    """Run ``pm-vit``; a user's error gives one line on standard error and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         parser = _configured_parser(arguments)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(command: str, error: Exception) -> int:
-    """Tell an error in a line; of one that a loader's process raised, without the traceback that torch puts before."""
+    """Print an error in one line, without the traceback that torch adds to errors from a loader's processes."""
     text = str(error)
     if text.startswith("Caught "):
         text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
@@ -76,7 +76,7 @@ def _print_warning(message: Warning, category: type[Warning], *_: object, **__: 
 
 
 def _configured_parser(arguments: list[str]) -> argparse.ArgumentParser:
-    """The parser for the task that the arguments are for, with the values of their ``--config`` as its defaults."""
+    """The parser for the arguments' task, with the values of their ``--config`` as defaults."""
     task = find_task(arguments[1:], TASKS, options.DEFAULT_TASK)
     values = {}
     if arguments and arguments[0] in _ON_DATA:
@@ -84,15 +84,36 @@ def _configured_parser(arguments: list[str]) -> argparse.ArgumentParser:
         everything = {name for own in known.values() for name, option in own.items() if not option.positional}
         own = known[arguments[0]]
         values = read_config(arguments[1:], own, everything - {"config"})
-        if "adaptive" in own and is_given(own["adaptive"], arguments[1:]):  # which comes before the file's rates
-            values = {name: value for name, value in values.items() if name not in options.STATIC_OPTIONS}
+        if "adaptive" in own:
+            values = _without_static(own, arguments[1:], values)
     return _parser(task, {arguments[0]: values} if values else {})
+
+
+def _without_static(own: Mapping[str, Option], arguments: list[str], values: dict[str, object]) -> dict[str, object]:
+    """A file's values without its rates if ``--adaptive`` is on the command line, which has precedence.
+
+    Raises:
+        ValueError: options of a static plan are given with ``--adaptive``, even with their default values.
+    """
+    given = [name for name in options.STATIC_OPTIONS if is_given(own[name], arguments)]
+    if is_given(own["adaptive"], arguments):
+        values = {name: value for name, value in values.items() if name not in options.STATIC_OPTIONS}
+    elif values.get("adaptive"):
+        given = [name for name in options.STATIC_OPTIONS if name in given or name in values]
+    else:
+        return values
+    if given:
+        raise ValueError(
+            f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes only --target-gmacs "
+            "or --target-speedup"
+        )
+    return values
 
 
 def _parser(task: str, defaults: Mapping[str, Mapping]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pm-vit",
-        description="Compress the tokens of Vision Transformers by Prune and Merge.",
+        description="Make Vision Transformers faster by running them on fewer tokens.",
         epilog="A first look: pm-vit demo. Then, on your images: pm-vit train DATA --model NAME --output DENSE, and "
         "pm-vit finetune DATA --model DENSE --keep-rate 0.6 --prune-rate 0.1 --output TUNED.",
     )

@@ -1,4 +1,4 @@
-"""Dataclasses as arguments of the command line: an option is a field, which is named once."""
+"""Build the command line from dataclasses: every option is a field."""
 
 import argparse
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from timm.utils import ParseKwargs
 
 
 class Option(NamedTuple):
-    """What argparse is told about a field.
+    """How argparse handles a field.
 
     Args:
-        flags: such as ``("-b", "--batch-size")``, or the field's name where it is positional.
-        arguments: of ``ArgumentParser.add_argument``.
+        flags: such as ``("-b", "--batch-size")``, or the field's name if it is positional.
+        arguments: arguments of ``ArgumentParser.add_argument``.
         one_of: options with the same word here exclude each other.
-        recorded: whether an unfinished run is continued with the same value alone.
-        nullable: whether ``None`` is a choice beside a default.
-        group: the field of the command's dataclass that holds this one; ``None``: the command itself does.
+        recorded: whether an unfinished run can only be continued with the same value.
+        nullable: whether ``None`` is a valid value besides a default.
+        group: the field of the command's dataclass that holds this one; ``None``: the command itself.
     """
 
     flags: tuple[str, ...]
@@ -34,7 +34,7 @@ class Option(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """What must be given of it, or can be where it is positional."""
+        """Its part of the usage line: what must be given, or can be if it is positional."""
         name = self.arguments.get("metavar") or self.flags[-1].removeprefix("--").upper().replace("-", "_")
         if self.positional:
             return {"*": f"[{name} ...]", "?": f"[{name}]"}.get(self.arguments.get("nargs"), name)
@@ -42,20 +42,21 @@ class Option(NamedTuple):
 
 
 def flag(name: str) -> str:
-    """What a field is called on the command line."""
+    """The flag of a field on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def option(help: str, default: object = MISSING, *flags: str, **settings: Any) -> Any:
-    """A field that is an option.
+    """A dataclass field that is an option.
 
     Args:
-        help: what ``--help`` says; the default is added.
-        default: of the field; without one the option must be given.
-        flags: beside the one of its name.
-        settings: more of ``ArgumentParser.add_argument``, where the field's type does not say it; ``positional``, the
-            name in ``--help`` of what has no flag; ``one_of`` and ``recorded`` of :class:`Option`; ``only``, the task
-            that alone has the option. A dict holds the settings for the task or the command of its name.
+        help: text for ``--help``; the default is appended.
+        default: the field's default; without one the option must be given.
+        flags: flags besides the one from its name.
+        settings: further arguments of ``ArgumentParser.add_argument`` that the field's type does not determine;
+            ``positional``, the name in ``--help`` of an argument without a flag; ``one_of`` and ``recorded`` as in
+            :class:`Option`; ``only``, the one task that has the option. A dict holds settings for the task or command
+            of that name.
     """
     metadata = {"help": help, "flags": flags, **settings}
     if isinstance(default, dict):
@@ -71,7 +72,7 @@ def positive(text: str) -> int:
 
 
 def stages_of(text: str) -> list[tuple[int, int]]:
-    """``3-5,6-11`` as [(3, 5), (6, 11)]; a single block may stand alone."""
+    """Parse ``3-5,6-11`` as [(3, 5), (6, 11)]; a block may also stand alone."""
     try:
         return [tuple(int(block) for block in (part.split("-") * 2)[:2]) for part in text.split(",")]
     except ValueError:
@@ -79,12 +80,12 @@ def stages_of(text: str) -> list[tuple[int, int]]:
 
 
 def group(title: str, only: str | None = None) -> Any:
-    """A field of a command's dataclass that holds options of its own, shown under a title; of one task alone."""
+    """A dataclass field that holds a group of options, shown under a title; ``only``: the one task that has it."""
     return field(metadata={"title": title, "only": only})
 
 
 def options_of(command: type, task: str | None = None, *, name: str | None = None) -> dict[str, Option]:
-    """The options of a command's dataclass for a task, those in its groups too; ``name`` is the command's."""
+    """All options of a command's dataclass for a task, including those in groups; ``name``: the command's name."""
     hints, name = get_type_hints(command), name or command.__name__.lower()
     options = {}
     for member in fields(command):
@@ -119,7 +120,7 @@ def _option(member: Field, hint: type, task: str | None, command: str) -> Option
 
 
 def _by_type(hint: type) -> dict[str, Any]:
-    """The arguments of ``add_argument`` that a type tells; ``T | None`` is as ``T``."""
+    """The arguments of ``add_argument`` that follow from a type; ``T | None`` is treated as ``T``."""
     if NoneType in get_args(hint):
         hint = get_args(hint)[0]
     if hint is bool:
@@ -142,7 +143,7 @@ def _default_in_words(default: object, help: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, command: type, task: str | None, defaults: Mapping) -> None:
-    """Give a parser the options of a command for a task; one with a value in ``defaults`` need not be given."""
+    """Add a command's options for a task to a parser; those in ``defaults`` are not required."""
     titles = {member.name: member.metadata.get("title") for member in fields(command)}
     places = {None: parser}
     for name, option in options_of(command, task).items():
@@ -158,7 +159,7 @@ def add_options(parser: argparse.ArgumentParser, command: type, task: str | None
 
 
 def read_options(command: type, parsed: argparse.Namespace) -> Any:
-    """The dataclass with what was parsed; fields that are no option for the task have their defaults."""
+    """The dataclass with the parsed values; fields that are not options of the task keep their defaults."""
     values = {}
     for name, hint in get_type_hints(command).items():
         if is_dataclass(hint):

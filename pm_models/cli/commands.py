@@ -1,4 +1,4 @@
-"""What train, compress, finetune and eval do with their options."""
+"""The commands train, compress, finetune and eval."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def evaluate_model(options: Eval) -> None:
 
 
 def _begin(options: Command) -> Task:
-    """Check where the output goes, seed what is random in a new model, and form the group of processes."""
+    """Check the output folder, seed the initialisation of new models, and form the group of processes."""
     if not isinstance(options, Eval):
         _check_output(options.output)
     device = options.device
@@ -131,10 +131,10 @@ def _compress_into(
     train_set: Dataset | None = None,
     settings: dict[str, object] | None = None,
 ) -> None:
-    """Plan as it was asked for, and save the compressed model and its plan.
+    """Make the requested plan, and save the compressed model and the plan.
 
-    For a static plan every process scores its share of the batches of ``train_set``; the first process saves,
-    ``settings`` too where they are given.
+    For a static plan every process scores its share of the batches of ``train_set``. The first process saves, including
+    ``settings`` if they are given.
     """
     accelerator, compression, chosen = task.accelerator, task.options.compression, task.options.model
     plain = uncompressed(model)
@@ -151,7 +151,7 @@ def _compress_into(
         plan = _plan(task, plain, make_model, None if planning is None else partial(planning, scores))
     smaller = make_model(plan)
     output.mkdir(parents=True, exist_ok=True)
-    if plain is not model:  # its plain weights were trained to be compressed: no teacher
+    if plain is not model:  # its plain weights were trained in a compressed model, and make no teacher
         _write_json(output / _SUMMARY, {"command": "compress", "model": chosen.model})
     if settings is not None:
         _write_json(output / _SETTINGS, settings)
@@ -167,7 +167,7 @@ def _compress_into(
 def _checked_planning(
     compression: CompressionOptions, encoder: PlainModel
 ) -> Callable[[Tensor, float], CompressionPlan]:
-    """Scores and a keep rate to a plan; wrong rates are told now, before the scoring."""
+    """A function from scores and a keep rate to a plan; invalid rates raise now, before the scoring."""
     grid, prefix = tuple(encoder.patch_embed.grid_size), encoder.num_prefix_tokens
 
     def plan_of(scores: Tensor, keep_rate: float) -> CompressionPlan:
@@ -188,7 +188,7 @@ def _scores(task: Task, model: Model, train_set: Dataset) -> Tensor:
 def _plan(
     task: Task, model: Model, make_model: Callable[[Plan], Model], make_plan: Callable[[float], CompressionPlan] | None
 ) -> Plan:
-    """The plan of the keep rate, or of the budget, that was asked for; adaptive where there is no ``make_plan``."""
+    """The plan for the requested keep rate or budget; an adaptive one if ``make_plan`` is ``None``."""
     wanted, batch, device = task.options.compression, task.options.data.batch_size, task.accelerator.device
     if wanted.keep_rate is not None:
         return make_plan(wanted.keep_rate)
@@ -216,9 +216,9 @@ def _plan(
 
 
 def _check_compressed(compression: CompressionOptions, source: Path, settings: dict[str, object]) -> None:
-    """Refuse what a stopped run has compressed with other settings; without any rate, its own are meant."""
+    """Refuse the compressed model of a stopped run if settings differ; without rates, the run's own are meant."""
     if not (source / _SETTINGS).is_file():
-        raise ValueError(f"{source} does not tell what it was compressed with; delete it, or name it with --model")
+        raise ValueError(f"{source} does not say what it was compressed with; delete it, or name it with --model")
     began = json.loads((source / _SETTINGS).read_text(encoding="utf-8"))
     if not (compression.adaptive or compression.has_budget or compression.prune_rate is not None):
         meant = {field.name for field in fields(CompressionOptions)}
@@ -229,7 +229,7 @@ def _check_compressed(compression: CompressionOptions, source: Path, settings: d
 
 
 def _teacher(folder: Path | None, model: Model, source: str | Path) -> Model:
-    """The uncompressed model to distil from; by default the model as it was before compression."""
+    """The uncompressed model to distil from; by default the model before compression."""
     if folder is not None:
         teacher = load_pretrained(folder)
         if type(teacher) is not type(model.uncompressed()):
@@ -266,7 +266,7 @@ def dense_of(folder: Path, model: Model) -> Model | None:
 
 
 def _fit_and_save(task: Task, losses: TrainingTask, train_set: Dataset, eval_set: Dataset) -> None:
-    """Train the model that the losses are of, continuing a stopped run, and save it with its results."""
+    """Train the model of ``losses``, continuing a stopped run if there is one, and save it with its results."""
     options, accelerator, output = task.options, task.accelerator, task.options.output
     model = losses.trainable_module
     encoder_of(model).set_grad_checkpointing(options.training.grad_checkpointing)
@@ -298,7 +298,7 @@ def _fit_and_save(task: Task, losses: TrainingTask, train_set: Dataset, eval_set
     rows = _compared(task, models, quality)
     _save_pictures(task, models, eval_set, rows)
     _write_json(output / _SUMMARY, summary | {"models": rows})
-    # Last, as the model's configuration is what tells a finished run from one to continue.
+    # Last, because the model's configuration marks a run as finished.
     save_pretrained(model, output, model_args=_model_args(options.model), results=rows)
     for state in (_STATE, f"{_STATE}.old"):  # the model is saved: nothing is left to continue
         shutil.rmtree(output / state, ignore_errors=True)
@@ -321,7 +321,7 @@ def _compared(task: Task, models: dict[str, Model], quality: dict[str, float]) -
 
 
 def _throughput(task: Task, models: dict[str, Model]) -> dict[str, float]:
-    """Images a second at ``--batch-size``, of models of images of the same size."""
+    """Images per second at ``--batch-size``, for models that take images of the same size."""
     accelerator, size = task.accelerator, input_size(next(iter(models.values())))
     images = torch.randn(task.options.data.batch_size, *size, device=accelerator.device)
     with accelerator.autocast():
@@ -329,7 +329,7 @@ def _throughput(task: Task, models: dict[str, Model]) -> dict[str, float]:
 
 
 def _save_pictures(task: Task, models: dict[str, Model], eval_set: Dataset, rows: dict[str, dict]) -> None:
-    """Predictions, the plan or what merges on sample images, and accuracy against throughput, where there are any."""
+    """Draw predictions, the plan or the merged tokens on sample images, and accuracy against throughput."""
     model, output = models[task.options.command], task.options.output
     task.save_predictions(eval_set, models, _PICTURED_IMAGES, output / "predictions.png")
     compression = compression_of(model)
@@ -344,11 +344,11 @@ def _save_pictures(task: Task, models: dict[str, Model], eval_set: Dataset, rows
     save_accuracy_picture(points, output / "accuracy.png", quality=task.quality_name)
 
 
-# --- What is recorded, told and checked.
+# --- Settings and checks.
 
 
 def _settings(options: Train, left_out: Collection[str]) -> dict[str, object]:
-    """The options that decide what is computed, but for the recipe's and groups ``left_out``; paths in full."""
+    """The options that determine results, except those of the recipe and of groups ``left_out``; absolute paths."""
     recipe = {field.name for field in fields(Recipe)}
     kinds, values = options_of(type(options), options.task), options.values()
     given = {"command": options.command} | {
@@ -363,7 +363,7 @@ def _settings(options: Train, left_out: Collection[str]) -> dict[str, object]:
 
 
 def _model_args(chosen: ModelOptions) -> dict[str, object]:
-    """What a named model was made with; a saved folder tells that itself."""
+    """The arguments that a named model was made with; saved folders record their own."""
     return {} if chosen.is_folder else chosen.model_kwargs
 
 
@@ -377,7 +377,7 @@ def _warn_of_random_weights(chosen: ModelOptions) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse an output that is there already or cannot be written, before the work."""
+    """Refuse an output that exists already or cannot be written, before any work."""
     if (output / CONFIG_NAME).exists():
         raise FileExistsError(f"{output} holds a finished model; choose another --output, or delete it")
     if output.exists() and not output.is_dir():

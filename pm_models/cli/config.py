@@ -1,4 +1,4 @@
-"""Options from a YAML file: a user's own, one of the recipes that are shipped, or timm's ``args.yaml``."""
+"""Read options from a YAML file: a user's own, one of the shipped recipes, or timm's ``args.yaml``."""
 
 import argparse
 import difflib
@@ -13,10 +13,10 @@ from timm.utils import ParseKwargs
 from .arguments import Option
 
 _SHIPPED = Path(__file__).parents[1] / "recipes"
-_EMPTY = (None, "", "None")  # said of an option that was not given
+_EMPTY = (None, "", "None")  # values of options that were not given
 _TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
-# The options of timm's train.py that pm-vit does not have: all of them stand in the args.yaml of each of its runs.
+# The options of timm's train.py that pm-vit lacks; the args.yaml of every timm run lists them all.
 _OF_TIMM = frozenset(
     """
     amp_impl aug_repeats aug_splits bce_loss bce_pos_weight bce_sum bce_target_thresh bn_eps bn_momentum channels_last
@@ -39,7 +39,7 @@ _OF_TIMM = frozenset(
 
 
 def shipped_configs() -> list[str]:
-    """Names of the recipes that ``--config`` takes in the place of a file."""
+    """Names of the recipes that ``--config`` takes instead of a file."""
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
@@ -47,22 +47,22 @@ def read_config(arguments: list[str], options: Mapping[str, Option], others: Col
     """The values in the file of ``--config``, as the command line would have given them.
 
     Args:
-        arguments: of the command line, after the command. A choice between options that they make comes before the
-            file's.
-        options: of the command that runs.
-        others: names of other commands' options, which are passed over, so that one file serves the steps of one job.
-            An option of no command is an error, but in the ``args.yaml`` of timm's ``train.py``, where it is a warning.
-            An empty value is none.
+        arguments: the command line after the command. Where options exclude each other, it has precedence over the
+            file.
+        options: options of the command that runs.
+        others: names of other commands' options, which are ignored, so that one file can serve all steps of a job.
+            Unknown options are an error, except in the ``args.yaml`` of timm's ``train.py``, where they are a warning.
+            Empty values are ignored.
 
     Raises:
         FileNotFoundError: there is no such file, and no recipe of that name.
-        ValueError: the file is no YAML of options, or a value is none that the option takes.
+        ValueError: the file is not a YAML file of options, or an option does not accept its value.
     """
     path = _config_path(arguments)
     if path is None:
         return {}
     values = _read(path)
-    of_timm = len(_OF_TIMM & values.keys()) > 1  # a single one is rather a mistake in a user's own
+    of_timm = len(_OF_TIMM & values.keys()) > 1  # a single one is more likely a mistake in a user's own file
     if of_timm:
         values = _translated(values)
     known = {name: option for name, option in options.items() if not option.positional and name != "config"}
@@ -92,10 +92,11 @@ def read_config(arguments: list[str], options: Mapping[str, Option], others: Col
 
 
 def _unknown(path: Path, values: dict, known: set[str], of_timm: bool) -> list[str]:
-    """The options that there are not, in a file of timm's, those with a value first.
+    """The unknown options of one of timm's files, those with a value first.
 
     Raises:
-        ValueError: one is likely a mistake, as each is in a user's own file; naming them, and what may be meant.
+        ValueError: an option is probably a mistake, as every unknown one in a user's own file is; the message suggests
+            what may be meant.
     """
     unknown = [key for key in values if key not in known]
     likely = {key: difflib.get_close_matches(key, known | _OF_TIMM, 1, 0.8) for key in unknown if key not in _OF_TIMM}
@@ -108,7 +109,7 @@ def _unknown(path: Path, values: dict, known: set[str], of_timm: bool) -> list[s
 
 
 def _translated(values: dict) -> dict:
-    """What the values of timm's ``train.py`` mean here, where that is something else."""
+    """Translate values of timm's ``train.py`` that have another meaning here."""
     values = dict(values)
     if str(values.get("device")).startswith("cuda"):
         del values["device"]
@@ -126,9 +127,9 @@ def _translated(values: dict) -> dict:
 
 
 def find_task(arguments: list[str], tasks: Collection[str], default: str) -> str:
-    """The task that the command line or its ``--config`` names, so that the parser can have that task's options.
+    """The task that the command line or its ``--config`` names, which determines the parser's options.
 
-    What is none of ``tasks`` is left for the parser to refuse.
+    Names that are not in ``tasks`` are left for the parser to refuse.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_config` does.
@@ -161,7 +162,7 @@ def _read(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected options and values, such as epochs: 30, got {type(values).__name__}")
     named = {str(key).lstrip("-").replace("-", "_"): value for key, value in values.items()}
@@ -171,16 +172,16 @@ def _read(path: Path) -> dict:
 
 
 def is_given(option: Option, arguments: list[str]) -> bool:
-    """Whether an option stands on the command line, abbreviated or not."""
+    """Whether an option is given on the command line, abbreviated or not."""
     names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--") and argument != "--"]
     return any(flag.startswith(name) for flag in option.flags for name in names)
 
 
 def _value(where: str, arguments: dict[str, Any], value: object) -> object:
-    """A value as the command line would have given it, by the arguments of ``add_argument``.
+    """Convert a value as argparse would, by the arguments of ``add_argument``.
 
     Raises:
-        ValueError: the option takes no such value.
+        ValueError: the option does not accept the value.
     """
     action, nargs, choices = (arguments.get(name) for name in ("action", "nargs", "choices"))
     if action is ParseKwargs:
@@ -190,7 +191,7 @@ def _value(where: str, arguments: dict[str, Any], value: object) -> object:
             raise ValueError(f"{where} must be true or false, got {value!r}")
         return truth
     if isinstance(value, dict):
-        raise ValueError(f"{where} takes no names and values, got {value!r}")
+        raise ValueError(f"{where} does not take names and values, got {value!r}")
     values = value if isinstance(value, list) else [value] if nargs is None else str(value).replace(",", " ").split()
     if nargs is None:
         fits, expected = not isinstance(value, list), "one value"
@@ -212,14 +213,14 @@ def _value(where: str, arguments: dict[str, Any], value: object) -> object:
 
 def _converted(convert: Callable[[str], object] | None, item: object) -> object:
     if isinstance(item, bool):
-        raise ValueError(f"takes no true or false, got {item!r}; a word stands in quotes")
+        raise ValueError(f"does not take true or false, got {item!r}; quote it if it is a word")
     if convert is None:
         return str(item)
     return convert(str(int(item) if isinstance(item, float) and item.is_integer() else item))
 
 
 def _names_and_values(where: str, value: object) -> dict:
-    """A dict, or ``NAME=VALUE`` as on the command line, one or a list of them."""
+    """A dict from a dict, from ``NAME=VALUE`` as on the command line, or from a list of these."""
     if isinstance(value, dict):
         return value
     parsed = argparse.Namespace()

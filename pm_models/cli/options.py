@@ -1,4 +1,4 @@
-"""The options of every command. What ``--help`` says about a command is its class's docstring."""
+"""The options of every command. The docstring of a command's class is its text in ``--help``."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from ..compression import MERGE_SITES, OPTIONS, SHORTCUTS
 from ..export import FORMATS, OPSETS
 from ..segmenter import DECODERS
 from ..training import IGNORED, SCHEDULES, Recipe
-from .arguments import flag, group, option, options_of, positive, stages_of
+from .arguments import group, option, options_of, positive, stages_of
 from .config import shipped_configs
 
 DEFAULT_TASK = "classification"
@@ -27,10 +27,10 @@ _segmenting = partial(option, only="segmentation")
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which images, and how they are loaded and prepared."""
+    """The images, and how they are loaded and preprocessed."""
 
     data_dir: Path = option(
-        "folder with train/CLASS/IMAGES and validation/CLASS/IMAGES, of any kind that Pillow reads",
+        "folder with train/CLASS/IMAGES and validation/CLASS/IMAGES, in any format that Pillow reads",
         positional="DATA",
         compress={"nargs": "?"},
         segmentation={
@@ -38,48 +38,48 @@ class DataOptions:
             "labels/train, images/validation, ..."
         },
     )
-    ignore_index: int = _segmenting(f"label of pixels to leave out, as {IGNORED} is", IGNORED)
-    dataset: str = _classifying("a data set that timm reads instead of folders, such as torch/cifar10", "")
+    ignore_index: int = _segmenting(f"label of pixels to ignore, besides {IGNORED}", IGNORED)
+    dataset: str = _classifying("data set for timm to read instead of folders, such as torch/cifar10", "")
     train_split: str = option("folder or split to train on", "train")
     val_split: str = option("folder or split to evaluate on", "validation")
-    batch_size: int = option("images per batch and process", 128, "-b", type=positive, segmentation={"default": 8})
+    batch_size: int = option("images per batch in each process", 128, "-b", type=positive, segmentation={"default": 8})
     workers: int = option("processes that load images", min(4, os.cpu_count() or 1), "-j", recorded=False)
-    crop_pct: float | None = _classifying("share of the image's side that evaluation sees (the model's)", None)
-    interpolation: str | None = _classifying("how evaluation resizes images (the model's)", None)
+    crop_pct: float | None = _classifying("share of the image's side that is kept in evaluation (the model's)", None)
+    interpolation: str | None = _classifying("how images are resized in evaluation (the model's)", None)
     mean: tuple[float, ...] | None = option("mean of each channel (the model's)", None)
     std: tuple[float, ...] | None = option("standard deviation of each channel (the model's)", None)
 
     def preparation(self) -> dict[str, object]:
-        """What is said about preparing images, by the names that timm's loader has for it."""
+        """The given preprocessing options, under the names of timm's loader."""
         names = ("crop_pct", "interpolation", "mean", "std")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice:
-    """Which device computes."""
+    """The device."""
 
     device: Literal["auto", "cpu"] = option("auto: a GPU if there is one", "auto", recorded=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(OnDevice):
-    """Which device computes, in which precision, and from which seed."""
+    """The device, precision and seed."""
 
     amp: bool = option("mixed precision", False, action=argparse.BooleanOptionalAction, recorded=False)
-    amp_dtype: Literal["bfloat16", "float16"] = option("its type", "bfloat16", recorded=False)
+    amp_dtype: Literal["bfloat16", "float16"] = option("dtype of mixed precision", "bfloat16", recorded=False)
     seed: int = option("random seed", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, and what it is made with."""
+    """The model, and the arguments to make it with."""
 
     model: str = option(_NAMED_MODEL, segmentation={"help": f"{_NAMED_MODEL}, or a published Segmenter's folder"})
     checkpoint: Path | None = option(
         "file with the named model's weights: .safetensors, or what torch.save wrote (.pth, .pth.tar, .ckpt, ...)", None
     )
-    pretrained: bool = option("let timm download weights for the named model", False)
+    pretrained: bool = option("use the named model's pretrained weights, which timm downloads", False)
     num_classes: int | None = option("classes (as many as the data has)", None, type=positive)
     img_size: int | None = option(
         "image size in pixels (the named model's)",
@@ -87,12 +87,14 @@ class ModelOptions:
         type=positive,
         segmentation={"help": "side of the crops and windows in pixels (the named model's)"},
     )
-    decoder: str = _segmenting("what is on the named model", DECODERS[0], choices=DECODERS)
+    decoder: str = _segmenting("decoder for the named model", DECODERS[0], choices=DECODERS)
     decoder_kwargs: dict[str, object] = _segmenting(
-        "of the mask transformer: depth=2 heads=3 drop_path=0.0 dropout=0.1", {}
+        "arguments of the mask transformer, such as depth=2 heads=3 drop_path=0.0 dropout=0.1", {}
     )
     in_chans: int | None = _classifying("image channels, 1 or 3 (3)", None, type=positive)
-    model_kwargs: dict[str, object] = option("more arguments of timm.create_model, such as depth=6 embed_dim=192", {})
+    model_kwargs: dict[str, object] = option(
+        "further arguments of timm.create_model, such as depth=6 embed_dim=192", {}
+    )
 
     @property
     def is_folder(self) -> bool:
@@ -104,38 +106,43 @@ class CompressionOptions:
     """How many tokens are kept, and how a model is compressed."""
 
     adaptive: bool = option(
-        "merge the tokens most alike in each image, to 0.62 of the GMACs or to a target; needs no data", False
+        "merge the tokens that are most alike in each image, down to 0.62 of the GMACs or to a target; needs no data",
+        False,
     )
-    keep_rate: float | None = option("share of all patches kept as tokens, such as 0.6", None, one_of="budget")
-    target_gmacs: float | None = option("the most tokens with at most so many GMACs an image", None, one_of="budget")
+    keep_rate: float | None = option("share of all patches to keep as tokens, such as 0.6", None, one_of="budget")
+    target_gmacs: float | None = option(
+        "use as many tokens as fit into this many GMACs per image", None, one_of="budget"
+    )
     target_speedup: float | None = option(
-        "the tokens with which it is so many times as fast in inference, measured on this device at --batch-size",
+        "use as many tokens as run this many times as fast in inference, measured on this device at --batch-size",
         None,
         one_of="budget",
     )
-    prune_rate: float | None = option("share that skips its block, such as 0.1; the rest is merged", None)
-    score_decay: float = option("scores of block l times 1 - l * this", 0.025, compress={"flags": ("--layer-decay",)})
+    prune_rate: float | None = option("share of all patches to skip a block, such as 0.1; the rest is merged", None)
+    score_decay: float = option(
+        "scores of block l are multiplied by 1 - l * this", 0.025, compress={"flags": ("--layer-decay",)}
+    )
     score_batches: int = option("batches to score on", 16, type=positive)
     allocation: Literal["global", "layer"] = option(
         "global: each block finds its own number of tokens; layer: the rates hold in every block", "global"
     )
     row_weights: Literal["sum", "average"] = option(
-        "a merged token is the weighted sum (the paper) or average of its patches", "sum"
+        "a merged token is the weighted sum (as in the paper) or the average of its patches", "sum"
     )
     segments: Literal["raster", "nearest"] = option(
-        "merge into the nearer kept patch along the row (the paper) or the nearest in the grid", "raster"
+        "merge into the nearer kept patch in the row (as in the paper) or the nearest one in the grid", "raster"
     )
     stages: list[tuple[int, int]] | None = option(
-        "blocks that share merged tokens, such as 3-5,6-8; blocks left out stay uncompressed (each block its own)",
+        "groups of blocks that share merged tokens, such as 3-5,6-8; others stay uncompressed (every block alone)",
         None,
         type=stages_of,
     )
     train_matrices: Literal["support", "dense", "none"] = option(
-        "what fine-tuning may change of the matrices: the plan's nonzeros, all entries, nothing", "support"
+        "entries of the matrices that fine-tuning changes: the plan's nonzeros, all, or none", "support"
     )
-    size_bias: bool = option("attend in proportion to the patches that a token stands for", False)
+    size_bias: bool = option("attend to merged tokens in proportion to their number of patches", False)
     shortcut: str = option(
-        "what skips a block: pruned tokens, as in the paper, or all that the merge leaves out",
+        "what skips a block: pruned tokens, as in the paper, or everything that the merge leaves out",
         SHORTCUTS[0],
         choices=SHORTCUTS,
     )
@@ -143,33 +150,25 @@ class CompressionOptions:
         "merge tokens before the block, as in the paper, or inside its attention", MERGE_SITES[0], choices=MERGE_SITES
     )
 
-    def __post_init__(self) -> None:
-        given = [name for name in STATIC_OPTIONS if getattr(self, name) != getattr(CompressionOptions, name)]
-        if self.adaptive and given:
-            raise ValueError(
-                f"{', '.join(map(flag, given))} cannot be given with --adaptive, which takes --target-gmacs or "
-                "--target-speedup alone"
-            )
-
     @property
     def has_budget(self) -> bool:
         return (self.keep_rate, self.target_gmacs, self.target_speedup) != (None, None, None)
 
     @property
     def missing(self) -> list[str]:
-        """The options that a plan is still to be told by."""
+        """The options that a plan still needs."""
         if self.adaptive:
             return []
         budget = [] if self.has_budget else ["--keep-rate (or --target-gmacs, --target-speedup)"]
         return budget + (["--prune-rate"] if self.prune_rate is None else [])
 
     def planning(self) -> dict[str, object]:
-        """The arguments of :meth:`~pm_models.CompressionPlan.from_scores` but for the scores and the keep rate."""
+        """The arguments of :meth:`~pm_models.CompressionPlan.from_scores`, except scores and keep rate."""
         same = ("prune_rate", "allocation", "row_weights", "segments", "stages")
         return {"layer_decay": self.score_decay} | {name: getattr(self, name) for name in same}
 
     def compressing(self) -> dict[str, object]:
-        """The arguments of :func:`pm_models.compress` but for the model and the plan."""
+        """The arguments of :func:`pm_models.compress`, except model and plan."""
         values = {name: getattr(self, name) for name in OPTIONS if name != "plan"}
         return values | {"train_matrices": None if self.train_matrices == "none" else self.train_matrices}
 
@@ -180,11 +179,11 @@ STATIC_OPTIONS = tuple(field.name for field in fields(CompressionOptions) if fie
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions:
-    """What a compressed model learns from."""
+    """The teacher of a compressed model."""
 
-    teacher: Path | None = option("folder of the uncompressed model (the model as it was before compression)", None)
+    teacher: Path | None = option("folder of the uncompressed model (the model before compression)", None)
     distill_alpha: float = option("weight of the distillation loss", 1.0)
-    distill_temperature: float = option("its temperature", 20.0)
+    distill_temperature: float = option("temperature of the distillation loss", 20.0)
 
     def weighting(self) -> dict[str, float]:
         """The arguments of the distillation losses."""
@@ -193,38 +192,40 @@ class DistillationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """The fields of a :class:`~pm_models.training.Recipe`, what its learning rate is told by, and the losses."""
+    """The fields of a :class:`~pm_models.training.Recipe`, the learning rate's scaling, and the losses."""
 
     epochs: int = option("passes over the data", 100, type=positive, finetune={"default": 30})
-    opt: str = option("timm's name of the optimiser", Recipe.opt)
-    sched: str = option("how the learning rate falls", Recipe.sched, choices=SCHEDULES)
+    opt: str = option("optimiser, by its name in timm", Recipe.opt)
+    sched: str = option("schedule of the learning rate", Recipe.sched, choices=SCHEDULES)
     lr: float | None = option(
         "peak learning rate (from --lr-base, or 0.0005)",
         None,
         finetune={"help": "peak learning rate (from --lr-base, or 0.0001)"},
     )
-    lr_base: float | None = option("peak learning rate for --lr-base-size images a step", None, recorded=False)
-    lr_base_size: int = option("images a step that --lr-base is for", 512, type=positive, recorded=False)
+    lr_base: float | None = option("peak learning rate for --lr-base-size images per step", None, recorded=False)
+    lr_base_size: int = option("images per step that --lr-base refers to", 512, type=positive, recorded=False)
     lr_base_scale: Literal["linear", "sqrt"] = option(
-        "how the learning rate grows with the images a step", "linear", recorded=False
+        "how the learning rate scales with the images per step", "linear", recorded=False
     )
-    warmup_lr: float | None = option("learning rate that warm-up begins with (a thousandth)", Recipe.warmup_lr)
+    warmup_lr: float | None = option(
+        "learning rate at the start of warm-up (a thousandth of the peak)", Recipe.warmup_lr
+    )
     min_lr: float = option("learning rate at the end", Recipe.min_lr)
-    layer_decay: float | None = option("learning rate of a block over that of the next (1)", Recipe.layer_decay)
+    layer_decay: float | None = option("learning rate of a block relative to that of the next (1)", Recipe.layer_decay)
     weight_decay: float = option("weight decay", Recipe.weight_decay, finetune={"default": 1e-3})
     warmup_epochs: int = option("epochs of warm-up", 5, finetune={"default": 0})
     clip_grad: float | None = option("largest gradient norm", Recipe.clip_grad)
-    grad_accum_steps: int = option("batches that make one step", Recipe.grad_accum_steps, type=positive)
+    grad_accum_steps: int = option("batches per optimiser step", Recipe.grad_accum_steps, type=positive)
     model_ema: bool = option("evaluate and save a moving average of the weights", False, recorded=False)
-    model_ema_decay: float = option("its decay", 0.9998)
+    model_ema_decay: float = option("decay of the moving average", 0.9998)
     grad_checkpointing: bool = option("trade time for activation memory", False, recorded=False)
     smoothing: float = _classifying("label smoothing", 0.1, finetune={"default": 0.0})
     mixup: float = _classifying("alpha of mixup; 0: none", Recipe.mixup)
     cutmix: float = _classifying("alpha of cutmix; 0: none", Recipe.cutmix)
     recovery_interval: int = option(
-        "also keep the state after every so many steps of an epoch (%(default)s: after epochs alone)", 0, recorded=False
+        "also save the state after this many steps within an epoch (%(default)s: only after epochs)", 0, recorded=False
     )
-    log_tensorboard: bool = option("also write the output folder's logs/", False, recorded=False)
+    log_tensorboard: bool = option("also write TensorBoard logs to logs/ in the output folder", False, recorded=False)
 
 
 _LOADER_NAMES = {
@@ -238,41 +239,45 @@ _LOADER_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions:
-    """How timm changes training images, by the names of its ``train.py``."""
+    """timm's augmentation of training images, under the names of its ``train.py``."""
 
-    no_aug: bool = option("none: training images are prepared as in evaluation", False)
-    scale: tuple[float, float] | None = option("area of the random crop (0.08 1)", None, metavar=("MIN", "MAX"))
-    ratio: tuple[float, float] | None = option("its aspect ratio (0.75 1.33)", None, metavar=("MIN", "MAX"))
-    hflip: float = option("probability of a flip left to right", 0.5)
-    vflip: float = option("probability of a flip upside down", 0.0)
+    no_aug: bool = option("no augmentation: training images are prepared as in evaluation", False)
+    scale: tuple[float, float] | None = option(
+        "area of the random crop, as a share of the image (0.08 1)", None, metavar=("MIN", "MAX")
+    )
+    ratio: tuple[float, float] | None = option(
+        "aspect ratio of the random crop (0.75 1.33)", None, metavar=("MIN", "MAX")
+    )
+    hflip: float = option("probability of a horizontal flip", 0.5)
+    vflip: float = option("probability of a vertical flip", 0.0)
     color_jitter: float = option("strength of colour jitter", 0.4)
-    aa: str | None = option("policy, such as rand-m9-mstd0.5-inc1; takes the place of colour jitter (none)", None)
+    aa: str | None = option("augmentation policy, such as rand-m9-mstd0.5-inc1; replaces colour jitter (none)", None)
     train_interpolation: str | None = option("how crops are resized (the model's)", None)
     reprob: float = option("probability of random erasing", 0.0)
-    remode: str = option("what is put there", "pixel")
-    recount: int = option("how many areas are erased", 1)
+    remode: str = option("what erased areas are filled with", "pixel")
+    recount: int = option("number of erased areas", 1)
 
     def loading(self) -> dict[str, object]:
-        """What is said, by the names that timm's loader has for it."""
+        """The given options, under the names of timm's loader."""
         values = {_LOADER_NAMES.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropOptions:
-    """How training images of a Segmenter are changed."""
+    """The augmentation of a Segmenter's training images."""
 
     scale: tuple[float, float] = option(
-        "shorter side of the image over that of the crop, at random", (0.5, 2.0), metavar=("MIN", "MAX")
+        "range of the image's shorter side relative to that of the crop", (0.5, 2.0), metavar=("MIN", "MAX")
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
-    """How a Segmenter goes over images that are larger than its own."""
+    """How a Segmenter handles images that are larger than its own size."""
 
-    stride: int | None = option("pixels from one window to the next (its side less 32)", None, type=positive)
-    scales: tuple[float, ...] = option("sizes of the image to average over", (1.0,))
+    stride: int | None = option("pixels from one window to the next (the window's side minus 32)", None, type=positive)
+    scales: tuple[float, ...] = option("scales of the image to average over", (1.0,))
     flip: bool = option("average over mirrored images too", False)
 
 
@@ -281,18 +286,18 @@ class WindowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What train, compress, finetune and eval have in common."""
+    """Options that train, compress, finetune and eval have in common."""
 
     config: str | None = option(
-        "YAML file of options, by their long names, or the args.yaml of timm's train.py; the command line's own "
-        f"options come before it. Shipped with pm-vit: {', '.join(shipped_configs())}",
+        "YAML file of options, by their long names, or the args.yaml of timm's train.py; options on the command "
+        f"line have precedence. Shipped with pm-vit: {', '.join(shipped_configs())}",
         None,
         "-c",
         metavar="FILE",
         recorded=False,
     )
     task: Literal["classification", "segmentation"] = option(
-        "one class for each image, or for each pixel; with --help, shows the options of that", DEFAULT_TASK
+        "one class for each image, or one for each pixel; --help shows the options of the task", DEFAULT_TASK
     )
     data: DataOptions = group("data")
     device: DeviceOptions = group("device")
@@ -303,7 +308,7 @@ class Command:
         return type(self).__name__.lower()
 
     def values(self) -> dict[str, object]:
-        """Every option that there is for the task, by name."""
+        """All options of the task, by name."""
         return {
             name: getattr(self if option.group is None else getattr(self, option.group), name)
             for name, option in options_of(type(self), self.task).items()
@@ -312,7 +317,7 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving(Command):
-    """What commands have in common that write a model."""
+    """Options of the commands that write a model."""
 
     output: Path = option("folder to write to", recorded=False)
 
@@ -321,7 +326,7 @@ class Saving(Command):
 class Train(Saving):
     """Train an uncompressed model on labelled images.
 
-    It is a timm Vision Transformer, or a Segmenter on one; a model that is trained already is trained further.
+    The model is a timm Vision Transformer, or a Segmenter on one. A model that is trained already is trained further.
     """
 
     training: TrainingOptions = group("training (a stopped run with the same --output continues)")
@@ -329,7 +334,7 @@ class Train(Saving):
     crops: CropOptions = group("augmentation", only="segmentation")
 
     def recipe(self, processes: int) -> Recipe:
-        """The recipe for a number of processes, as ``--lr-base`` is for the images of a step."""
+        """The recipe for a number of processes, which ``--lr-base`` depends on."""
         values, told = self.values(), self.training
         lr = _LEARNING_RATES[self.command] if told.lr is None else told.lr
         if told.lr is None and told.lr_base is not None:
@@ -343,9 +348,9 @@ class Train(Saving):
 class Compress(Saving):
     """Score a trained model's tokens, plan, and compress it.
 
-    Tokens are scored on training images; the compressed model is saved with the plan and its picture. Fine-tuning comes
-    next. A model that is compressed already is scored as it is, and its plain weights are compressed anew. With
-    --adaptive nothing is scored, so that there is no DATA, and the model is ready for use.
+    Tokens are scored on training images. The compressed model is saved with its plan and a picture of it; fine-tuning
+    comes next. A model that is compressed already is scored as it is, and its plain weights are compressed again. With
+    --adaptive nothing is scored: no DATA is needed, and the model is ready for use.
     """
 
     compression: CompressionOptions = group("compression")
@@ -353,7 +358,7 @@ class Compress(Saving):
     def __post_init__(self) -> None:
         data, missing = self.data.data_dir, self.compression.missing
         if self.compression.adaptive and data is not None:
-            raise ValueError(f"DATA cannot be given with --adaptive, which looks at no images, got {data}")
+            raise ValueError(f"DATA cannot be given with --adaptive, which needs no images, got {data}")
         if not self.compression.adaptive and (missing or data is None):
             missing = ["DATA"] * (data is None) + missing
             raise ValueError(f"the following arguments are required: {', '.join(missing)}; or --adaptive")
@@ -363,11 +368,11 @@ class Compress(Saving):
 class Finetune(Train):
     """Fine-tune a compressed model, distilling from the uncompressed one.
 
-    The distillation is soft. An uncompressed model is compressed first, as pm-vit compress does it.
+    The distillation is soft. An uncompressed model is first compressed, as by pm-vit compress.
     """
 
     distillation: DistillationOptions = group("distillation")
-    compression: CompressionOptions = group("compression, of a --model that is not compressed yet")
+    compression: CompressionOptions = group("compression, for a --model that is not compressed yet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,11 +388,7 @@ class Eval(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Go both ways on scikit-learn's digits, in a few minutes on a CPU.
-
-    A small ViT is trained; it merges adaptively with no training, is compressed by a plan and fine-tuned, and all are
-    compared.
-    """
+    """Try adaptive merging and Prune and Merge on a small ViT for scikit-learn's digits, in minutes on a CPU."""
 
     output: Path = option("folder to write to", Path("pm-vit-demo"))
     seed: int = option("random seed", 0)
@@ -397,8 +398,7 @@ class Demo:
 class Export(OnDevice):
     """Write a model to a file that runs without pm-vit.
 
-    The file is run, to tell how its results and its speed differ: from the model's, and from the same file of the
-    uncompressed model.
+    The file is run to compare its results with the model's, and its speed with that of the uncompressed model's file.
     """
 
     model: Path = option("a folder saved by pm-vit, or a published Segmenter's")
@@ -408,33 +408,30 @@ class Export(OnDevice):
     )
     output: Path = option("file to write", metavar="FILE")
     opset: int | None = option(
-        f"of onnx, {OPSETS[0]} to {OPSETS[-1]}; older runtimes need lower ones (PyTorch's choice)", None
+        f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}; older runtimes need lower ones (PyTorch's choice)", None
     )
-    batch_size: int = option("images to time it on", 8, "-b", type=positive)
+    batch_size: int = option("batch size for timing", 8, "-b", type=positive)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
     """Draw what each block keeps, merges and prunes.
 
-    The plan is printed, and a picture shows which patches are kept, merged (outlined) and pruned, over images where
-    some are given. Of a model that merges adaptively it shows, for each image, what has merged before which block.
+    The plan is printed, and a picture shows which patches are kept, merged (outlined) and pruned, over images if any
+    are given. For a model that merges adaptively, a picture for each image shows which patches have merged.
     """
 
     plan: Path = option("plan.json, or a folder saved by pm-vit", positional="PLAN")
-    images: tuple[Path, ...] = option("to draw, a picture each", (), positional="IMAGE", nargs="*")
-    output: Path = option("picture to write, numbered where several", Path("plan.png"))
+    images: tuple[Path, ...] = option("images to draw, each in a picture of its own", (), positional="IMAGE", nargs="*")
+    output: Path = option("picture to write, numbered if there are several", Path("plan.png"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(OnDevice):
-    """Time a model on ever fewer tokens in every block.
-
-    How much faster it is, is printed and drawn, and a compressed model's own speed beside it.
-    """
+    """Time a model with fewer and fewer tokens in every block; print and draw it beside the compressed model."""
 
     model: str = option("a timm Vision Transformer's name, or a folder saved by pm-vit", positional="MODEL")
-    batch_size: tuple[int, ...] = option("images", (1, 8), "-b", type=positive)
+    batch_size: tuple[int, ...] = option("batch sizes", (1, 8), "-b", type=positive)
     output: Path = option("picture to write", Path("latency.png"))
     results_file: Path | None = option("write the times as JSON", None)
     amp: bool = option("bfloat16 mixed precision", False, action=argparse.BooleanOptionalAction)
@@ -442,11 +439,7 @@ class Bench(OnDevice):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(OnDevice):
-    """Write a page about a compressed model, one HTML file that needs no other.
-
-    It shows the tokens of every block and what they stand for in images, speed on this device beside the dense model's,
-    and how near the answers are to the dense model's.
-    """
+    """Write a page about a compressed model: what tokens stand for, and speed and answers beside the dense model's."""
 
     model: Path = option("a folder that pm-vit compress or finetune wrote", positional="MODEL")
     images: tuple[Path, ...] = option("to look at (one that matplotlib has)", (), positional="IMAGE", nargs="*")

@@ -1,4 +1,4 @@
-"""What the commands do differently for each ``--task``: images of one class each, or with a class for every pixel."""
+"""What differs between the values of ``--task``: one class for each image, or one for every pixel."""
 
 import warnings
 from collections.abc import Mapping
@@ -44,10 +44,10 @@ from .options import Command
 
 
 class _Task:
-    """What the tasks share.
+    """Base class of the tasks.
 
     Args:
-        options: of the command.
+        options: the command's options.
         accelerator: device, precision and processes.
     """
 
@@ -66,22 +66,22 @@ class _Task:
             load_checkpoint(model, chosen.checkpoint, new_head=new_head)
         elif chosen.pretrained:  # timm leaves a head for other classes random
             classes = model.pretrained_cfg.get("num_classes") or 0
-            check_head(f"the weights of {chosen.model}", classes, model.num_classes, new_head=new_head)
+            check_head(f"the pretrained {chosen.model}", classes, model.num_classes, new_head=new_head)
         return model
 
 
 class Classification(_Task):
     """Images with one class each, in timm's data sets and transforms."""
 
-    quality, quality_name = "top1", "top-1 accuracy"  # what models are compared by: a field of an epoch's result
+    quality, quality_name = "top1", "top-1 accuracy"  # the measure to compare models by: a field of EpochResult
     evaluator = staticmethod(evaluate)  # for fit
-    loss = staticmethod(F.cross_entropy)  # that tokens are scored by
+    loss = staticmethod(F.cross_entropy)  # for scoring tokens
 
     def open(self, *splits: str) -> tuple[PlainModel, list[Dataset]]:
-        """The model that ``--model`` names, a saved folder or one of timm's names, and the data's splits, if any.
+        """The model that ``--model`` names, a saved folder or a timm name, and the requested splits of the data.
 
         Raises:
-            ValueError, FileNotFoundError: there is no such model or data, or they do not fit each other.
+            ValueError, FileNotFoundError: there is no such model or data, or the two do not match.
         """
         chosen = self.options.model
         if chosen.is_folder:
@@ -116,14 +116,14 @@ class Classification(_Task):
         return calibration_loader(dataset, model, batches=batches, seed=seed, **self._loading, **self._preparation)
 
     def losses(self, model: PlainModel, teacher: PlainModel | None = None) -> TrainingTask:
-        """What :func:`~pm_models.training.fit` trains the model by, distilling from a teacher where there is one."""
+        """The losses for :func:`~pm_models.training.fit`, with distillation if there is a teacher."""
         smoothing = self.options.training.smoothing
         if teacher is None:
             return classification_task(model, smoothing=smoothing)
         return distillation_task(model, teacher, smoothing=smoothing, **self.options.distillation.weighting())
 
     def in_words(self, measures: Mapping) -> str:
-        """What :attr:`evaluator` measured."""
+        """The result of :attr:`evaluator` as text."""
         return (
             f"top-1 {measures['top1']:.2f}%, top-5 {measures['top5']:.2f}%, loss {measures['loss']:.4f} on "
             f"{measures['images']} images"
@@ -134,7 +134,7 @@ class Classification(_Task):
         return sample_images(dataset, model, count, **self._preparation)
 
     def save_predictions(self, dataset: Dataset, models: Mapping[str, PlainModel], count: int, path: Path) -> None:
-        """A picture of what the models predict, where predictions are pictures: not here."""
+        """Draw the models' predictions: nothing to draw for classes of whole images."""
 
 
 class Segmentation(_Task):
@@ -156,12 +156,14 @@ class Segmentation(_Task):
             for dataset in datasets:
                 if dataset.num_classes != model.num_classes:
                     raise ValueError(
-                        f"the data has {dataset.num_classes} classes, but the model tells {model.num_classes} apart"
+                        f"the data has {dataset.num_classes} classes, but the model distinguishes {model.num_classes}"
                     )
         else:
             check_name(chosen.model, "--model")
             if not splits and chosen.num_classes is None:
-                raise ValueError(f"--num-classes must be given for a Segmenter on {chosen.model}, as there is no data")
+                raise ValueError(
+                    f"--num-classes must be given for a Segmenter on {chosen.model}, because there is no data"
+                )
             datasets = self._datasets(splits, chosen.num_classes)
             model = self._named_segmenter(datasets[0].num_classes if datasets else chosen.num_classes)
         if datasets and self.options.command != "eval" and self.accelerator.is_main_process:
@@ -208,7 +210,7 @@ class Segmentation(_Task):
         return SegmentationTask(model, teacher, **self.options.distillation.weighting())
 
     def evaluator(self, model: nn.Module, loader: DataLoader, *, accelerator: Accelerator) -> dict:
-        """Evaluates by ``--stride``, ``--scales`` and ``--flip``, which only ``pm-vit eval`` has."""
+        """Evaluate with ``--stride``, ``--scales`` and ``--flip``, which only ``pm-vit eval`` has."""
         windows = asdict(self.options.windows) if self.options.command == "eval" else {}
         measures = evaluate_segmentation(model, loader, accelerator=accelerator, **windows)
         return {"top1": measures.aacc, **measures._asdict()}

@@ -1,4 +1,4 @@
-"""What the commands do that need no data set: export, show, bench, report and demo."""
+"""The commands that need no data set: export, show, bench, report and demo."""
 
 import json
 import os
@@ -29,11 +29,11 @@ from ..visualize import save_cluster_picture, save_latency_picture, save_plan_pi
 from .commands import dense_of
 from .options import Bench, Demo, Export, Report, Show
 
-_PIXELS = 448  # of the longer side of a picture under a plan
+_PIXELS = 448  # longer side of an image that a plan is drawn over
 
 
 def demo(options: Demo) -> None:
-    from ..demo import run_demo  # scikit-learn is read for the demo alone
+    from ..demo import run_demo  # only the demo needs scikit-learn
 
     run_demo(options.output, seed=options.seed)
 
@@ -73,8 +73,8 @@ def show(options: Show) -> None:
     if isinstance(plan, AdaptivePlan):
         if not options.images or not (options.plan / CONFIG_NAME).is_file():
             raise ValueError(
-                f"{options.plan} is an adaptive plan, which merges by what is in each image: for pictures give the "
-                "folder of a model, and images"
+                f"{options.plan} is an adaptive plan, which merges different tokens in each image: to draw them, give "
+                "the folder of a model, and images"
             )
         model = load_model(options.plan).eval()
         samples = [read_sample(path, model) for path in options.images]
@@ -161,7 +161,7 @@ def _dense_of(options: Report, model: Model) -> tuple[Model | None, str]:
 
 
 def _speeds(table: LatencyTable) -> list[float]:
-    """Of each number of tokens in every block, in times that of all tokens."""
+    """The speed for each number of tokens in every block, as a multiple of that on all tokens."""
     return [(table.rest + table.seconds[-1]) / (table.rest + seconds) for seconds in table.seconds]
 
 
@@ -175,7 +175,7 @@ def _latency_report(batch: int, table: LatencyTable, device: str, compressed: fl
 
 
 def _plan_of(path: Path) -> CompressionPlan | AdaptivePlan:
-    """The plan of a file, or of the model in a folder."""
+    """The plan in a file, or that of the model in a folder."""
     if path.is_dir():
         if (path / "plan.json").is_file():
             path = path / "plan.json"
@@ -190,7 +190,7 @@ def _plan_of(path: Path) -> CompressionPlan | AdaptivePlan:
 
 
 def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:
-    """The middle of an image in the shape of the plan's grid, (height, width, 3) from 0 to 1."""
+    """The centre of an image in the shape of the plan's grid, (height, width, 3), from 0 to 1."""
     height, width = plan.grid
     scale = _PIXELS / max(height, width)
     return np.asarray(ImageOps.fit(read_image(path), (round(scale * width), round(scale * height)))) / 255
@@ -198,4 +198,4 @@ def _under_plan(path: Path, plan: CompressionPlan) -> np.ndarray:
 
 def _check_new(output: Path) -> None:
     if output.exists():
-        raise FileExistsError(f"{output} is there already; choose another --output, or delete it")
+        raise FileExistsError(f"{output} exists already; choose another --output, or delete it")

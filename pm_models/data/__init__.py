@@ -1,4 +1,4 @@
-"""Images with their classes or label maps, from folders or timm's data sets, as loaders in a model's preprocessing."""
+"""Load images with classes or label maps, from folders or timm's data sets, preprocessed for a model."""
 
 from .classification import (
     FolderImages,

@@ -1,4 +1,4 @@
-"""Images of one class each, from folders or from any data set that timm reads."""
+"""Images with one class each, from folders or from any data set that timm reads."""
 
 import os
 import warnings
@@ -20,22 +20,22 @@ _EXPECTED = "expected <class>/<image> in it, one folder of images for each class
 
 
 class FolderImages(Dataset):
-    """Images in folders of classes, one folder for each; labels count the classes in natural order, as timm's do.
+    """Images in one folder per class; labels number the classes in natural order, like timm's.
 
     Args:
         root: the folder of the class folders.
-        mode: of the images, ``"RGB"`` or ``"L"``.
+        mode: ``"RGB"`` or ``"L"``, colour or grey.
 
     Raises:
-        ValueError: the classes cannot be told: there are no class folders, or images beside them, or folders in one; or
-            a class folder holds no image, or a file that is none.
+        ValueError: the layout is wrong: there are no class folders, images beside them or folders inside them; or a
+            class folder has no images, or a file that is not an image.
     """
 
     def __init__(self, root: Path, mode: str) -> None:
         files = {folder.name: entries(folder.path) for folder in _class_folders(root)}
         for name, inside in files.items():
             if nested := [entry.name for entry in inside if entry.is_dir()]:
-                raise ValueError(f"{root / name} holds folders ({first_names(nested)}), not images alone; {_EXPECTED}")
+                raise ValueError(f"{root / name} holds folders ({first_names(nested)}), not only images; {_EXPECTED}")
             for entry in inside:
                 check_is_image(entry.path)
         if not any(files.values()):
@@ -61,7 +61,7 @@ class FolderImages(Dataset):
 
 
 def _class_folders(root: Path) -> list[os.DirEntry]:
-    """The folders in a folder that holds no images itself."""
+    """The class folders in ``root``; a ValueError if there are images in ``root`` itself."""
     inside = entries(root)
     folders = [entry for entry in inside if entry.is_dir()]
     images = [entry.name for entry in inside if not entry.is_dir() and is_image(entry.name)]
@@ -72,21 +72,20 @@ def _class_folders(root: Path) -> list[os.DirEntry]:
 
 
 def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", in_chans: int = 3) -> Dataset:
-    """A timm data set of labelled images.
+    """Open a data set of labelled images.
 
     Args:
-        data_dir: the root folder. Without ``dataset`` it is laid out like ImageNet: ``<split>/<class>/*.jpg``.
+        data_dir: the root folder. Without ``dataset``, its layout is ImageNet's: ``<split>/<class>/*.jpg``.
         split: ``"train"`` or ``"validation"`` (whose folder may be called val or test), or another folder's name.
         dataset: a name that ``timm.data.create_dataset`` knows, such as ``torch/cifar10``.
         in_chans: 1 reads images in grey, else in colour.
 
-    Images in folders may be of every kind that Pillow reads. A file of another kind is a ValueError here, and an image
-    that cannot be read is one when it is loaded. Only hidden files, and those that systems leave in folders
-    (``Thumbs.db``), are left out in silence.
+    Images in folders may have any format that Pillow reads. Other files raise a ValueError here, and broken images when
+    they are loaded. Only hidden files and those that systems leave in folders (``Thumbs.db``) are silently skipped.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder does not hold images in class folders alone; or timm cannot open the data set.
+        ValueError: the folder holds anything but class folders with images, or timm cannot open the data set.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -101,7 +100,7 @@ def open_dataset(data_dir: str | os.PathLike, split: str, *, dataset: str = "", 
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """The classes of an image folder or torchvision set in the order of their labels; ``None`` where not named."""
+    """The class names of an image folder or torchvision data set, ordered by label; ``None`` if they have no names."""
     for holder in (getattr(dataset, "reader", None), dataset):
         indices = getattr(holder, "class_to_idx", None)
         if indices:
@@ -110,10 +109,10 @@ def class_names(dataset: Dataset) -> list[str] | None:
 
 
 def check_classes(dataset: Dataset, model: PlainModel) -> None:
-    """Refuse a data set with one class, or with more than the model tells apart; warn of fewer.
+    """Refuse a data set with a single class or with more classes than the model has; warn if it has fewer.
 
     Raises:
-        ValueError: naming the counts.
+        ValueError: the numbers of classes do not fit; the message gives them.
     """
     names = class_names(dataset)
     if names is None:
@@ -121,20 +120,20 @@ def check_classes(dataset: Dataset, model: PlainModel) -> None:
     if len(names) < 2:
         raise ValueError(f"the data has {len(names)} class ({', '.join(names)}), expected at least 2")
     if len(names) > model.num_classes:
-        raise ValueError(f"the data has {len(names)} classes, but the model tells {model.num_classes} apart")
+        raise ValueError(f"the data has {len(names)} classes, but the model distinguishes {model.num_classes}")
     if len(names) < model.num_classes:
         warnings.warn(
-            f"the data has {len(names)} classes, but the model tells {model.num_classes} apart: labels count the "
+            f"the data has {len(names)} classes, but the model distinguishes {model.num_classes}: labels number the "
             "data's classes in alphabetical order, which may not be the model's",
             stacklevel=2,
         )
 
 
 def check_same_classes(*datasets: Dataset) -> None:
-    """Refuse splits with different classes, as a label counts the classes of its own split.
+    """Refuse splits with different classes, because each split numbers its own.
 
     Raises:
-        ValueError: naming classes that one has and another lacks.
+        ValueError: the message names classes that one split has and another lacks.
     """
     splits = [set(names) for dataset in datasets if (names := class_names(dataset)) is not None]
     odd = sorted(set.union(*splits) - set.intersection(*splits)) if splits else []
@@ -156,17 +155,17 @@ def make_loader(
     seed: int = 0,
     **options: object,
 ) -> DataLoader:
-    """A loader in the model's input size and normalisation, with timm's transforms.
+    """A loader with timm's transforms for the model's input size and normalisation.
 
     Args:
         dataset: from :func:`open_dataset`.
-        model: its size, mean, standard deviation, interpolation and crop are used.
+        model: determines size, mean, standard deviation, interpolation and crop.
         batch_size: images per batch.
         workers: loader processes; 0 loads in this one.
         training: shuffle, drop the last incomplete batch, and augment (random crop and flip).
         seed: of the augmentation.
-        options: more of ``timm.data.create_loader``'s arguments, such as ``auto_augment``, ``re_prob``, ``scale``, or
-            ``crop_pct`` in the place of the model's.
+        options: further arguments of ``timm.data.create_loader``, such as ``auto_augment``, ``re_prob``, ``scale``, or
+            ``crop_pct`` instead of the model's.
 
     Raises:
         ValueError: the data set has fewer images than a training batch, or none.
@@ -187,7 +186,7 @@ def make_loader(
 
 
 def preparation(model: PlainModel, given: Mapping[str, object]) -> dict[str, object]:
-    """What timm is told to prepare images by: ``given``, otherwise the model's own."""
+    """timm's arguments for preprocessing: those ``given``, otherwise the model's."""
     config = resolve_model_data_config(model, {"input_size": input_size(model)})
     mean, std = normalisation(model, given)
     own = {name: config[name] for name in ("input_size", "interpolation", "crop_pct", "crop_mode")}
@@ -197,7 +196,7 @@ def preparation(model: PlainModel, given: Mapping[str, object]) -> dict[str, obj
 def calibration_loader(
     dataset: Dataset, model: PlainModel, *, batches: int, batch_size: int, workers: int, seed: int, **options: object
 ) -> DataLoader:
-    """``batches`` batches for scoring tokens: images at random, the same for the same seed, without augmentation.
+    """``batches`` batches for scoring tokens: random images, fixed by the seed, without augmentation.
 
     ``options`` are those of :func:`make_loader`.
     """

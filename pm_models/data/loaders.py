@@ -1,4 +1,4 @@
-"""What the loaders of classification and segmentation share."""
+"""Parts that the loaders of classification and segmentation share."""
 
 import random
 from collections.abc import Collection, Iterable, Mapping
@@ -13,12 +13,12 @@ from ..models import Model, encoder_of
 
 
 class SeededImages(Dataset):
-    """A data set whose augmentation of an image depends on the seed, the epoch and the image alone.
+    """A data set whose augmentation of an image depends only on the seed, the epoch and the image.
 
-    So it is the same in a run that was stopped and continued, with any number of workers, and on any process.
+    It is therefore the same in a continued run, for any number of workers and in any process.
 
     Args:
-        dataset: what it holds, with a random ``transform``.
+        dataset: the images, with a random ``transform``.
         seed: of the augmentations.
     """
 
@@ -43,7 +43,7 @@ class SeededImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple:
         words = np.random.SeedSequence([self._seed, int(self._epoch), index]).generate_state(2)
-        on_cpu = torch.default_generator  # torch.manual_seed would look for every device, for each image
+        on_cpu = torch.default_generator  # torch.manual_seed would query all devices, for every image
         states = on_cpu.get_state(), random.getstate(), np.random.get_state()
         try:
             on_cpu.manual_seed(int(words[0]))
@@ -57,9 +57,9 @@ class SeededImages(Dataset):
 
 
 def tell_epoch(loader: Iterable, epoch: int) -> None:
-    """Tell the number of the epoch to every data set and sampler of a loader that has a ``set_epoch``.
+    """Pass the epoch to every data set and sampler of a loader that has ``set_epoch``, however they are nested.
 
-    They may be nested in any way. Which of them a prepared loader tells itself depends on the version of accelerate.
+    Which of them a prepared loader informs itself depends on the version of accelerate.
     """
     waiting, seen = [loader], set()
     while waiting:
@@ -77,7 +77,7 @@ def tell_epoch(loader: Iterable, epoch: int) -> None:
 
 
 def check_size(dataset: Dataset, batch_size: int) -> None:
-    """Raise a ValueError that names the counts where a data set has fewer images than a batch."""
+    """Raise a ValueError if a data set has fewer images than a batch."""
     if len(dataset) < batch_size:
         raise ValueError(
             f"the data has {len(dataset)} images, expected at least {batch_size} (--batch-size {batch_size})"
@@ -85,15 +85,15 @@ def check_size(dataset: Dataset, batch_size: int) -> None:
 
 
 def random_batches(dataset: Dataset, *, batches: int, batch_size: int, workers: int, seed: int) -> DataLoader:
-    """``batches`` batches of images at random, fewer where there are fewer images; the same for the same seed."""
+    """``batches`` batches of random images, or fewer if the images run out; fixed by the seed."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     return DataLoader(Subset(dataset, order[: batches * batch_size].tolist()), batch_size, num_workers=workers)
 
 
 def normalisation(model: Model, given: Mapping[str, object]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The ``mean`` and ``std`` of ``given``, otherwise the model's own, with a value for each of its channels.
+    """``mean`` and ``std`` from ``given`` or else from the model, with a value for each of its channels.
 
-    Values for another number of channels are averaged.
+    Values for a different number of channels are averaged.
     """
     encoder = encoder_of(model)
     config = resolve_model_data_config(encoder) | given
@@ -106,10 +106,10 @@ def _for_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:
 
 
 def images_and_targets(batch: object) -> tuple[Tensor, Tensor]:
-    """A loader's batch, where it is a pair.
+    """Images and targets of a loader's batch.
 
     Raises:
-        TypeError: it is no pair of tensors.
+        TypeError: it is not a pair of tensors.
     """
     if not isinstance(batch, (tuple, list)) or [isinstance(part, Tensor) for part in batch] != [True, True]:
         kind = type(batch).__name__

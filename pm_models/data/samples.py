@@ -1,4 +1,4 @@
-"""Some images, to draw: of a data set, or of a file."""
+"""Sample images to draw, from a data set or from files."""
 
 import os
 from collections.abc import Mapping
@@ -20,29 +20,29 @@ from .segmentation import SegmentationImages, evaluation_transform, make_evaluat
 
 
 class Sample(NamedTuple):
-    """An image to draw, (H, W, 3) or grey (H, W), from 0 to 1; the same normalised, (C, H, W); its label or labels."""
+    """An image to draw, (H, W, 3) or grey (H, W), from 0 to 1, the normalised image (C, H, W), and its label(s)."""
 
     picture: np.ndarray
     image: Tensor
     labels: np.ndarray | None = None
 
     def cropped(self, size: tuple[int, int]) -> "Sample":
-        """The middle of the image, (height, width) in pixels."""
+        """The centre of the image, ``size`` = (height, width) in pixels."""
         top, left = ((whole - side) // 2 for whole, side in zip(self.picture.shape, size, strict=False))
         rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
         return Sample(self.picture[rows, columns], self.image[:, rows, columns])
 
 
 def sample_images(dataset: Dataset, model: Model, count: int, **options: object) -> list[Sample]:
-    """Some images from all over the data set, as the model is evaluated on them.
+    """Images spread over the data set, prepared as for evaluation.
 
-    Where the data set can only be read in order, they are its first.
+    If the data set can only be read in order, the first images are taken.
 
     Args:
-        dataset: of either kind.
+        dataset: a data set for classification or segmentation.
         model: a classifier, or a Segmenter for :class:`SegmentationImages`.
-        count: of the images; all where there are fewer.
-        options: those of :func:`make_loader` or :func:`make_evaluation_loader`.
+        count: how many images; all if there are fewer.
+        options: as for :func:`make_loader` or :func:`make_evaluation_loader`.
     """
     if isinstance(dataset, SegmentationImages):
         loader = make_evaluation_loader(dataset, model, workers=0, **options)
@@ -57,7 +57,7 @@ def sample_images(dataset: Dataset, model: Model, count: int, **options: object)
 
 
 def read_sample(path: str | os.PathLike, model: Model) -> Sample:
-    """The image of a file as the model is evaluated on it; for a Segmenter, the middle of its size.
+    """An image file prepared as for evaluation; for a Segmenter, its centre in the model's size.
 
     Raises:
         OSError, ValueError: as :func:`read_image` does.

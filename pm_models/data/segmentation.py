@@ -1,4 +1,4 @@
-"""Images with a class for every pixel, from folders of images and label maps, as crops to train on or whole."""
+"""Images with a class for every pixel, from folders of images and label maps: crops for training, or whole images."""
 
 import copy
 import os
@@ -22,18 +22,18 @@ from .loaders import SeededImages, check_size, normalisation, random_batches
 
 Floats = tuple[float, ...]
 IGNORED = 255  # the label of pixels that are neither trained on nor counted
-_SURVEYED = 2000  # label maps that are looked at before the training: some ten seconds
+_SURVEYED = 2000  # label maps to look at before training, in about ten seconds
 
 
 class Layout(NamedTuple):
-    """Where a kind of data set has its images and label maps, below a folder for each split."""
+    """Where a kind of data set keeps images and label maps, each in a folder per split."""
 
     images: str
     labels: str
-    num_classes: int | None  # None: the user says
-    zero_is_ignored: bool = False  # and class c is labelled c + 1
+    num_classes: int | None  # None: given by the user
+    zero_is_ignored: bool = False  # and class c is stored as c + 1
     image_ending: str = ""
-    label_endings: tuple[str, ...] = (".png", ".tif", ".tiff", ".bmp")  # the types that keep every value
+    label_endings: tuple[str, ...] = (".png", ".tif", ".tiff", ".bmp")  # lossless formats
 
 
 LAYOUTS = {
@@ -49,25 +49,25 @@ LAYOUTS = {
 class SegmentationImages(Dataset):
     """Images and their label maps, from folders in one of three layouts.
 
-    - ADE20K: ``images/<split>/*.jpg`` and ``annotations/<split>/*.png``, where 0 is left out and class c is labelled
+    - ADE20K: ``images/<split>/*.jpg`` and ``annotations/<split>/*.png``, where 0 is ignored and class c is stored as
       c + 1.
-    - Cityscapes: ``leftImg8bit/<split>/<city>/*`` and ``gtFine/...``, labelled by training index.
-    - Plain: ``images/<split>/*`` and ``labels/<split>/*`` of the same names, in subfolders or not, labelled by class.
-      ``annotations`` is read in the same way where ``num_classes`` is given and is not ADE20K's 150.
+    - Cityscapes: ``leftImg8bit/<split>/<city>/*`` and ``gtFine/...`` with training indices.
+    - Plain: ``images/<split>/*`` and ``labels/<split>/*`` with the same names, in subfolders or not, with class
+      indices. ``annotations`` is read in the same way if ``num_classes`` is given and is not ADE20K's 150.
 
-    Images may be of every kind that Pillow reads, and are taken as they are shown: where an EXIF tag turns an image,
-    its label map is for the turned one. Label maps are PNG, TIFF or BMP of one channel.
+    Images may have any format that Pillow reads and are taken as viewers display them: if an EXIF tag rotates an image,
+    its label map is that of the rotated one. Label maps are PNG, TIFF or BMP files with one channel.
 
     Args:
         root: the folder.
         split: ``"train"`` or ``"validation"`` (whose folder may be called val or test), or another folder's name.
-        num_classes: classes to tell apart; ``None``: those of ADE20K (150) and Cityscapes (19).
-        ignore_index: a label that is neither trained on nor counted, as 255 is.
-        transform: takes and gives an image (tv_tensors.Image, uint8) and its labels (tv_tensors.Mask).
+        num_classes: number of classes; ``None``: that of ADE20K (150) or Cityscapes (19).
+        ignore_index: a label that, like 255, is neither trained on nor counted.
+        transform: maps an image (tv_tensors.Image, uint8) and its labels (tv_tensors.Mask) to such a pair.
 
     Raises:
         FileNotFoundError: there is no such folder, or an image has no label map.
-        ValueError: the folder holds no images, or a file that is none; or ``num_classes`` is needed and not given.
+        ValueError: the folder has no images, or a file that is not an image; or ``num_classes`` is needed and missing.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SegmentationImages(Dataset):
         self._layout = _layout_of(root, num_classes)
         self.num_classes = num_classes or self._layout.num_classes
         if self.num_classes is None:
-            raise ValueError(f"num_classes must be given for {root}, whose folders do not tell it")
+            raise ValueError(f"num_classes must be given for {root}, because its folders do not determine it")
         images = split_folder(root / self._layout.images, split, "<image>")
         self.label_folder = root / self._layout.labels / images.name
         paths = sorted(Path(path) for path in files_below(images))
@@ -110,7 +110,7 @@ class SegmentationImages(Dataset):
         """An image (3, H, W) and its labels (H, W) int64, in 0..num_classes - 1 or ``IGNORED``.
 
         Raises:
-            ValueError: the label map is no picture of one channel as large as the image, or has an unknown class.
+            ValueError: the label map is not a one-channel image of the image's size, or has an unknown class.
         """
         image_path, label_path = self.pairs[index]
         image = tv_tensors.Image(read_image(image_path))
@@ -124,10 +124,10 @@ class SegmentationImages(Dataset):
         return (image, labels) if self.transform is None else self.transform(image, labels)
 
     def classes(self, values: np.ndarray, path: Path) -> Tensor:
-        """The classes, int64, of what is stored in the label map of that path, and ``IGNORED`` for what is left out.
+        """The int64 classes of the values stored in a label map at ``path``, with ``IGNORED`` for ignored pixels.
 
         Raises:
-            ValueError: a value is no class.
+            ValueError: a value is not a class.
         """
         labels = torch.from_numpy(values.astype(np.int64))
         ignored = (labels == IGNORED) | (labels == self.ignore_index)
@@ -144,7 +144,7 @@ class SegmentationImages(Dataset):
         return labels
 
     def _label_path(self, image: Path) -> Path:
-        """The label map of an image of that path below the split's folder; where there is none, its usual path."""
+        """The label map of an image, whose path is relative to the split; if there is none, where it should be."""
         stem = image.stem.removesuffix(self._layout.image_ending)
         places = [self.label_folder / image.parent / f"{stem}{ending}" for ending in self._layout.label_endings]
         upper = (place.with_suffix(place.suffix.upper()) for place in places)
@@ -152,7 +152,7 @@ class SegmentationImages(Dataset):
 
 
 def _layout_of(root: Path, num_classes: int | None) -> Layout:
-    """The layout whose folder of label maps is there; ADE20K's only for its number of classes, as it shifts labels."""
+    """The layout whose folder of label maps exists; ADE20K's, which shifts labels, only for its number of classes."""
     for layout in LAYOUTS.values():
         shifts_others = layout.zero_is_ignored and num_classes not in (None, layout.num_classes)
         if (root / layout.labels).is_dir() and not shifts_others:
@@ -162,9 +162,9 @@ def _layout_of(root: Path, num_classes: int | None) -> Layout:
 
 
 def warn_of_labels(dataset: SegmentationImages) -> None:
-    """Warn of classes that never occur, and of label maps of only 0 and 255 where there are two classes.
+    """Warn about classes that never occur and, with two classes, about label maps that hold only 0 and 255.
 
-    At most 2000 label maps are read, at random. With more than two classes, no more are read once every class occurred.
+    At most 2000 random label maps are read. With more than two classes, reading ends once every class has occurred.
 
     Raises:
         ValueError: a label map that was read is broken, or has an unknown class.
@@ -198,16 +198,16 @@ def warn_of_labels(dataset: SegmentationImages) -> None:
 def training_transform(
     size: tuple[int, int], mean: Floats, std: Floats, scale: tuple[float, float] = (0.5, 2.0)
 ) -> Callable:
-    """Segmenter's augmentation: random size, crop, mirror, colours.
+    """Segmenter's augmentation: random scale, crop, mirroring and colours.
 
     Args:
         size: (height, width) of the crops.
         mean, std: of the channels, from 0 to 1.
-        scale: range of the shorter side, over the crop's longer one. What a crop lacks is filled with the mean, and its
-            labels with ``IGNORED``.
+        scale: range of the image's shorter side relative to the crop's longer one. Where a crop reaches beyond the
+            image, it is filled with the mean, and its labels with ``IGNORED``.
 
     Raises:
-        ValueError: ``scale`` is no range above 0.
+        ValueError: ``scale`` is not a range above 0.
     """
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale must be two numbers above 0, the smaller first, got {scale[0]:g} and {scale[1]:g}")
@@ -225,19 +225,19 @@ def _crop(size: tuple[int, int], mean: Floats, scale: tuple[float, float]) -> li
 
 
 def evaluation_transform(size: tuple[int, int], mean: Floats, std: Floats) -> Callable:
-    """The image with its shorter side as long as the longer one of ``size``, normalised; its labels as they are."""
+    """Resize the shorter side of the image to the longer one of ``size`` and normalise; labels keep their size."""
     return v2.Compose([_ResizeImage(max(size)), *_normalise(mean, std)])
 
 
 class _ResizeImage(v2.Resize):
-    """Leaves label maps at their own size."""
+    """Resize images, but not label maps."""
 
     def transform(self, inpt: object, params: dict) -> object:
         return super().transform(inpt, params) if isinstance(inpt, tv_tensors.Image) else inpt
 
 
 def _normalise(mean: Floats, std: Floats) -> list[v2.Transform]:
-    """To normalised floats from uint8 images, and to plain tensors from both."""
+    """Convert uint8 images to normalised floats, and images and labels to plain tensors."""
     to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     return [to_float, v2.Normalize(mean, std), v2.ToPureTensor()]
 
@@ -256,7 +256,7 @@ def make_training_loader(
 
     Args:
         dataset: images and labels; its transform is not used.
-        model: its size, and where not given its mean and standard deviation, are used.
+        model: determines the size and, unless given, mean and standard deviation.
         batch_size: crops per batch; the last incomplete batch is dropped.
         workers: loader processes; 0 loads in this one.
         seed: of the augmentation.
@@ -264,7 +264,7 @@ def make_training_loader(
         given: ``mean=`` and ``std=``.
 
     Raises:
-        ValueError: there are fewer images than a batch has.
+        ValueError: there are fewer images than in a batch.
     """
     check_size(dataset, batch_size)
     transform = training_transform(model.image_size, *normalisation(model, given), scale)
@@ -281,10 +281,10 @@ def make_training_loader(
 def make_evaluation_loader(
     dataset: SegmentationImages, model: Segmenter, *, workers: int, share: tuple[int, int] = (0, 1), **given: Floats
 ) -> DataLoader:
-    """Whole images one by one, (1, 3, H, W), with their labels (1, h, w) at their own size.
+    """Whole images one by one, (1, 3, H, W), with their labels (1, h, w) at the labels' own size.
 
-    ``share`` (index, count) takes one of so many shares of the images, such as that of a process; the rest is as in
-    :func:`make_training_loader`.
+    ``share`` = (index, count) selects one of ``count`` shares of the images, such as that of a process. The other
+    arguments are those of :func:`make_training_loader`.
     """
     images = _with_transform(dataset, evaluation_transform(model.image_size, *normalisation(model, given)))
     images = Subset(images, range(share[0], len(images), share[1]))
@@ -301,7 +301,7 @@ def make_scoring_loader(
     seed: int,
     **given: Floats,
 ) -> DataLoader:
-    """``batches`` batches for scoring tokens: random crops at the size of evaluation, the same for the same seed."""
+    """``batches`` batches for scoring tokens: random crops at the scale of evaluation, fixed by the seed."""
     mean, std = normalisation(model, given)
     transform = v2.Compose([*_crop(model.image_size, mean, (1.0, 1.0)), *_normalise(mean, std)])
     images = SeededImages(_with_transform(dataset, transform), seed)

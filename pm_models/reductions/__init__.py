@@ -1,4 +1,4 @@
-"""Ways to fewer tokens: each runs a model's blocks on them, ``reduction(blocks, x, readout, rope) -> tokens``."""
+"""Ways to reduce the tokens: each runs a model's blocks, ``reduction(blocks, x, readout, rope) -> tokens``."""
 
 from torch import nn
 
@@ -10,7 +10,7 @@ Reduction = StaticReduction | AdaptiveReduction
 
 
 def make_reduction(compression: Compression, model: nn.Module) -> Reduction:
-    """What carries out the compression of a model, by the kind of its plan."""
+    """The module that carries out a model's compression, chosen by the kind of its plan."""
     rotary = (getattr(model, "rope", None), getattr(model, "rope_mixed", False))
     if compression.adaptive:
         return AdaptiveReduction(compression.plan, *rotary)

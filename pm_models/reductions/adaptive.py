@@ -1,4 +1,4 @@
-"""Fewer tokens by what is in each image: before some blocks the tokens most alike merge into their means."""
+"""Adaptive merging: before some blocks the tokens that are most alike in each image merge into their means."""
 
 from functools import partial
 from typing import NamedTuple
@@ -19,14 +19,15 @@ from .rotary import RotaryPlaces
 
 
 class State(NamedTuple):
-    """What is between two blocks.
+    """The state between two blocks.
 
     Args:
-        x: (B, C, D), and ``update`` (B, C, D), which is to be added to it, or ``None``.
-        sizes: (B, C), how many tokens each stands for; ``None``: one.
-        log_sizes: (B, C), their logarithms, which the attentions add to the logits.
-        segments: of each merge so far, the token that each of the tokens before it went into.
-        places: (B, C - P, 2), rows and columns of the patches, where the model has rotary positions.
+        x: (B, C, D), the tokens but for ``update``.
+        update: (B, C, D), still to be added to ``x``, or ``None``.
+        sizes: (B, C), how many tokens each stands for; ``None``: one each.
+        log_sizes: (B, C), the logarithms of the sizes, which the attentions add to their logits.
+        segments: for each merge so far, the index of the merged token that each token went into.
+        places: (B, C - P, 2), mean row and column of each patch token, where the model has rotary positions.
     """
 
     x: Tensor
@@ -38,15 +39,15 @@ class State(NamedTuple):
 
 
 class AdaptiveReduction(nn.Module):
-    """Merge tokens by :func:`pm_kernels.match_tokens` of what a block's norm gives, before the blocks of a plan.
+    """Before the blocks of a plan, merge tokens whose normed values :func:`pm_kernels.match_tokens` finds most alike.
 
-    A merged token is the mean of its members, by their sizes. It is attended to in proportion to its size, by a bias of
-    the keys that blocks are given as ``attn_mask`` (B, 1, 1, C). There are no weights.
+    A merged token is the size-weighted mean of its members. It is attended to in proportion to its size, through a key
+    bias that the blocks get as ``attn_mask`` (B, 1, 1, C). There are no weights.
 
     Args:
-        plan: before which blocks, and how many tokens are left.
-        rope: the model's rotary embedding; ``None`` where it has none.
-        rope_mixed: whether its tables are one for each block.
+        plan: before which blocks to merge, and how many tokens are left.
+        rope: the model's rotary embedding, or ``None``.
+        rope_mixed: whether it has a table for each block.
     """
 
     def __init__(self, plan: AdaptivePlan, rope: nn.Module | None = None, rope_mixed: bool = False) -> None:
@@ -62,10 +63,10 @@ class AdaptiveReduction(nn.Module):
             raise ValueError(f"execution must be 'folded' with an AdaptivePlan, which has no matrices, got {value!r}")
 
     def cut(self, depth: int) -> None:
-        """Run the first ``depth`` blocks alone, which are all that a forward will be given."""
+        """Run only the first ``depth`` blocks: nothing to do, as a forward is not given any others."""
 
     def freeze(self, dtype: torch.dtype) -> None:
-        """There is nothing to make constant."""
+        """Nothing to do: there are no matrices to make constant."""
 
     def forward(
         self,
@@ -84,21 +85,21 @@ class AdaptiveReduction(nn.Module):
         Args:
             blocks: the model's.
             x: (B, N, D).
-            readout: ``"all"`` N tokens, each its merged token; ``"prefix"``; or ``"patch_mean"``, these and the mean of
-                the patches.
-            rope: a rotary table of the patches.
-            grid: of the patches, where it is not the plan's.
-            maps: to be filled in with the full map after each block that it has a key for. The last of them ends the
-                run, and its map is returned.
-            clusters: to be filled in with the merged token (B, N - P) that each patch is in, before each block that it
-                has a key for.
-            checkpointing: compute what is in blocks again in backward.
+            readout: ``"all"`` N tokens, each replaced by its merged token; ``"prefix"`` tokens; or ``"patch_mean"``,
+                prefix tokens and the mean of the patches.
+            rope: a rotary table for the patches.
+            grid: the patches' grid, where it is not the plan's.
+            maps: filled in with the full map after each block that is a key. The run ends after the last of them and
+                returns its map.
+            clusters: filled in, for each block that is a key, with the merged token (B, N - P) that each patch is in
+                before the block.
+            checkpointing: recompute the blocks' activations in backward.
         """
         prefix, maps, clusters = self._plan.num_prefix_tokens, maps or {}, clusters or {}
         grid = grid or self._plan.grid
         planned = self._plan.tokens_of(x.shape[1] - prefix)
         call = checkpoint if checkpointing and torch.is_grad_enabled() else None
-        fused = runtime.target(x) is not None  # or what merges would be summed twice: to match, and to mix
+        fused = runtime.target(x) is not None  # without kernels, the last sum would be done twice: to match and to mix
         state = State(x, places=None if rope is None else self.positions.places(grid, rope))
         for number, (block, tokens) in enumerate(zip(blocks, planned, strict=False)):
             normed = None
@@ -115,7 +116,7 @@ class AdaptiveReduction(nn.Module):
                 block,
                 normed=normed,
                 rows=prefix if last and readout == "prefix" and not maps and attends_apart(block) else None,
-                # A step that is computed again keeps its inputs, of which one is less than two.
+                # Checkpointing keeps a step's inputs: one tensor takes less memory than two.
                 apart=(last or (fused and planned[number + 1] < tokens)) and number not in maps and call is None,
                 given=self._given(block, state, rope, grid, number),
             )
@@ -128,7 +129,7 @@ class AdaptiveReduction(nn.Module):
         return self._read(state, readout)
 
     def _merged(self, state: State, block: nn.Module, tokens: int) -> tuple[State, Tensor | None]:
-        """The state with so many tokens, and the block's norm of them where it is known how to compute it."""
+        """The state merged to ``tokens`` tokens, and the block's norm of them where the kernel can compute it."""
         x, update, sizes, _, merged, places = state
         prefix, rounds, roots = self._plan.num_prefix_tokens, self._plan.rounds, self._plan.root_sizes
         if sizes is None:
@@ -148,11 +149,11 @@ class AdaptiveReduction(nn.Module):
     def _given(
         self, block: nn.Module, state: State, rope: Tensor | None, grid: tuple[int, int], number: int
     ) -> dict[str, Tensor]:
-        """What the block takes beside its tokens: a bias by their sizes, and their rotary positions."""
+        """The block's further arguments: a key bias from the tokens' sizes, and their rotary positions."""
         given = {}
         if state.log_sizes is not None:
             bias = state.log_sizes[:, None, None, :]
-            # PyTorch's attention takes it in the queries' dtype alone.
+            # PyTorch's attention takes it only in the queries' dtype.
             given["attn_mask"] = (
                 bias if isinstance(getattr(block, "attn", None), FusedAttention) else bias.to(state.x.dtype)
             )
@@ -175,7 +176,7 @@ class AdaptiveReduction(nn.Module):
 def _step(
     block: nn.Module, x: Tensor, *, normed: Tensor | None, rows: int | None, apart: bool, given: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """A block; ``rows`` are those to compute, where not all; ``apart`` leaves the last sum to be done."""
+    """Run a block. ``rows``: compute only that many; ``apart``: return the terms of the last sum separately."""
     if normed is None and rows is None and not apart:
         return block(x, **given), None
     x, update = run_block(block, x, normed, rows, **given)
@@ -183,14 +184,14 @@ def _step(
 
 
 def _compared(block: nn.Module, x: Tensor) -> Tensor:
-    """What tokens are compared by: the norm that the block begins with, or, where it does not, without weights."""
+    """The values that tokens are compared by: the block's first norm, or else a LayerNorm without weights."""
     if isinstance(block, Block | EvaBlock):
         return block.norm1(x)
     return F.layer_norm(x, x.shape[-1:])
 
 
 def _members(state: State) -> Tensor | None:
-    """(B, N), the token that each of all N tokens went into; ``None``: itself."""
+    """(B, N), the merged token that each of the N tokens is in; ``None``: nothing has merged yet."""
     members = None
     for segments in state.segments:
         members = segments if members is None else segments.gather(1, members.long())
@@ -198,7 +199,7 @@ def _members(state: State) -> Tensor | None:
 
 
 def _full_map(state: State) -> Tensor:
-    """All N tokens, each that which it went into."""
+    """All N tokens, each replaced by the merged token that it is in."""
     x, update, members = state.x, state.update, _members(state)
     if members is None:
         return x if update is None else x + update

@@ -1,4 +1,4 @@
-"""timm's blocks taken apart, where nothing that hangs on them is passed by: ``x + f(norm1(x))``, then ``x + g(x)``."""
+"""Take timm's blocks apart, ``x + f(norm1(x))`` and then ``x + g(x)``, where no hook or wrapper would be bypassed."""
 
 from timm.layers import LayerNorm
 from timm.models.eva import EvaBlock
@@ -35,7 +35,7 @@ def feed(block: Block | EvaBlock, x: Tensor) -> Tensor:
 
 
 def opening_norm(block: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """Weight, bias and epsilon of the LayerNorm that the block begins with, where it can be computed elsewhere."""
+    """Weight, bias and epsilon of the block's first LayerNorm, where it can be computed outside of the block."""
     if type(block) not in (Block, EvaBlock) or type(block.norm1) not in (nn.LayerNorm, LayerNorm):
         return None
     norm = block.norm1
@@ -46,7 +46,7 @@ def opening_norm(block: nn.Module) -> tuple[Tensor, Tensor, float] | None:
 
 
 def attends_apart(block: nn.Module) -> bool:
-    """Whether :func:`run_block` can compute some rows of the block: nothing in it would see that there are fewer."""
+    """Whether :func:`run_block` can compute only some rows: nothing in the block would notice that there are fewer."""
     return (
         comes_apart(block)
         and isinstance(block.attn, FusedAttention)
@@ -57,7 +57,7 @@ def attends_apart(block: nn.Module) -> bool:
 
 
 def _are_plain(*weights: Tensor | None) -> bool:
-    """Whether weights are parameters as torch makes them, whose numbers can be taken from their modules."""
+    """Whether weights are ordinary parameters, whose values can be used outside of their modules."""
     for weight in weights:
         kind = type(weight)
         derived = issubclass(kind, nn.Parameter) and kind is not nn.Parameter
@@ -69,14 +69,14 @@ def _are_plain(*weights: Tensor | None) -> bool:
 def run_block(
     block: nn.Module, x: Tensor, normed: Tensor | None = None, rows: int | None = None, **given: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """``block(x)`` as the two terms of its last sum; the second is ``None`` where the block runs whole.
+    """``block(x)`` as the two terms of its last sum; the second is ``None`` where the block has to run as a whole.
 
     Args:
         block: a timm block.
         x: (B, N, D).
-        normed: (B, N, D), ``block.norm1(x)`` where it is there already, because the block has an :func:`opening_norm`.
-        rows: compute the first rows alone, which still attend to all of x, because the block :func:`attends_apart`.
-        given: what the block takes beside x: ``rope``, and ``attn_mask`` (B, 1, 1, N) that biases keys.
+        normed: (B, N, D), ``block.norm1(x)`` if it was computed already, which needs an :func:`opening_norm`.
+        rows: compute only the first rows, which still attend to all of x; the block must :func:`attends_apart`.
+        given: the block's further arguments: ``rope``, and an ``attn_mask`` (B, 1, 1, N) that biases keys.
     """
     if normed is None and not comes_apart(block):
         return block(x, **given), None

@@ -1,12 +1,13 @@
-"""Folding: the static matrices of a model as one small transition for each boundary between its stages.
+"""Folding: turn the static matrices of a model into one small transition per boundary between its stages.
 
 The full token map between two stages is ``x = F z``: a static frame ``F`` times a small state ``z = [y ; p]``, the C
 rows that the stage's blocks computed and the rows of the tokens that skipped it. A stage's merge matrix M and the
 selection E of the tokens that skip it act on ``F z``, so that ``T = [M ; E^T] F`` takes one state to the next and the
-map itself is never needed. Everything here is matrices; no image is touched.
+map itself is never needed. Only matrices are computed here; no image is involved.
 
-While the matrices keep the plan's support, every entry of every transition is a sum of products of two stored numbers
-at places that the plan tells. All transitions of a model are one vector of such sums, computed in every forward.
+As long as the matrices keep the plan's support, every entry of every transition is a sum of products of two stored
+numbers at places known from the plan. All transitions of a model are one vector of such sums, and every forward
+computes it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,18 +24,18 @@ from .matrices import StageMatrices
 
 READOUTS = ("all", "prefix", "patch_mean")
 Transition = Tensor | SparseRows
-Runs = Sequence[StageMatrices | None]  # stages in order; None stands for the uncompressed blocks between two
+Runs = Sequence[StageMatrices | None]  # stages in order; None stands for uncompressed blocks between stages
 
 
 class Folded(NamedTuple):
     """A model's matrices, folded for one readout.
 
     Args:
-        transitions: for each run the matrix (C + carried, ...) that makes its state from the one before, or ``None``
-            where the state stays as it is.
-        frames: for each run the matrix (N, C + carried) that makes the full map from its state, or ``None`` where the
-            state is the full map; empty where no maps were asked for.
-        readout: the matrix that makes the rows asked for from the last state, or ``None`` where the state is them.
+        transitions: for each run the matrix (C + carried, ...) that maps the previous state to the run's, or ``None``
+            where the state does not change.
+        frames: for each run the matrix (N, C + carried) that maps its state to the full map, or ``None`` where the
+            state is the full map; empty if no maps were requested.
+        readout: the matrix that maps the last state to the requested rows, or ``None`` where the state is these rows.
     """
 
     transitions: list[Transition | None]
@@ -46,12 +47,12 @@ class Fold(nn.Module):
     """The transitions of a model whose matrices keep the plan's support, for one readout.
 
     Args:
-        runs: the model's stages; at least one is no ``None``.
+        runs: the model's stages; at least one is not ``None``.
         num_tokens: N.
         num_prefix_tokens: P.
-        readout: the rows wanted after the last run: ``"all"`` N; ``"prefix"`` the first P; ``"patch_mean"`` the first P
-            and, as one more row, the mean of the patches.
-        maps: make the frames of all runs too.
+        readout: the rows to return after the last run: ``"all"`` N; ``"prefix"``, the first P; ``"patch_mean"``, the
+            first P and the mean of the patches as one more row.
+        maps: compute the frames of all runs too.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class Fold(nn.Module):
         self._present = [product is not None for product in products]
         self._runs = len(runs)
         self.register_buffer("cells", None, persistent=False)
-        if readout == "patch_mean":  # the mean of all patches is a row without zeros
+        if readout == "patch_mean":  # the row of the patches' mean has no zeros
             cells = torch.full(products[-1].shape, len(places))
             cells.view(-1)[places] = torch.arange(len(places))
             self.cells = cells
 
     def forward(self, runs: Runs, dtype: torch.dtype) -> Folded:
-        """The folded matrices, computed in float32 at least, differentiable in what trains."""
+        """The folded matrices, computed in at least float32, differentiable in the trained values."""
         values = torch.cat([matrix for stage in runs if stage is not None for matrix in stage()])
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if self.rests is not None:
@@ -94,7 +95,7 @@ class Fold(nn.Module):
 
 
 class DenseFold(nn.Module):
-    """The same of dense matrices, by products. Arguments as for :class:`Fold`."""
+    """The same for dense matrices, by matrix products; the arguments are those of :class:`Fold`."""
 
     def __init__(
         self, runs: Runs, num_tokens: int, num_prefix_tokens: int, readout: str, *, maps: bool = False
@@ -136,7 +137,7 @@ class DenseFold(nn.Module):
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
-    """``first @ second``, which autocast would round though it is computed once for all images."""
+    """``first @ second`` without autocast, which would round a result that all images share."""
     if autocast_dtype(first) is None:
         return first @ second
     with torch.autocast(first.device.type, enabled=False):
@@ -144,7 +145,7 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
 
 
 class FrozenFold(nn.Module):
-    """Matrices that are folded already, as constants: those of few nonzeros by these, for export by all entries."""
+    """Folded matrices as constants: those with few nonzeros are stored sparse, and also dense for exports."""
 
     def __init__(self, folded: Folded) -> None:
         super().__init__()
@@ -179,14 +180,14 @@ _FROZEN = ("starts", "columns", "values", "by_starts", "by_rows", "by_entries")
 
 
 def arranged(matrices: list[Transition | None], runs: int) -> Folded:
-    """Transitions of each run, frames of each run or none, and the readout."""
+    """Split a list into the transitions of all runs, the frames of all runs or none, and the readout."""
     return Folded(matrices[:runs], matrices[runs:-1], matrices[-1])
 
 
 class Entries(NamedTuple):
-    """A sparse matrix: entry ``i`` stands at (rows[i], columns[i]) and is number ``values[i]`` of a vector.
+    """A sparse matrix whose entry ``i``, at (rows[i], columns[i]), is the element ``values[i]`` of a vector.
 
-    Entries at the same place are added.
+    Entries at the same place are summed.
     """
 
     rows: Tensor
@@ -195,14 +196,14 @@ class Entries(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The matrix ``first @ second`` of a shape; a ``second`` of None is the identity."""
+    """The matrix ``first @ second`` of a given shape, where ``None`` stands for the identity."""
 
     first: Entries
     second: Entries | None
     shape: tuple[int, int]
 
     def terms(self, one: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(terms,) each: the place in the flattened matrix that a product of two numbers is added at, and the two."""
+        """The products that the matrix sums: flat index in the matrix, left and right factor, each (terms,)."""
         first, second, (_, width) = self
         if second is None:
             return first.rows * width + first.columns, first.values, torch.full_like(first.values, one)
@@ -210,16 +211,16 @@ class Product(NamedTuple):
         return first.rows[i] * width + second.columns[j], first.values[i], second.values[j]
 
 
-# Numbers after the stored ones: 1, and one over the number of patches.
+# Elements that follow the stored ones in the vector: 1, and 1 over the number of patches.
 _ONE, _SHARE = range(2)
 
 
 def _products(
     runs: Runs, num_tokens: int, num_prefix_tokens: int, readout: str, maps: bool
 ) -> tuple[list[Product | None], tuple[Tensor, Tensor] | None, int]:
-    """Every matrix of a fold in order, the factors of the rests, and how many numbers the stages store.
+    """All matrices of a fold in order, the factors of the rests, and how many elements the stages store.
 
-    Numbers are, stage after stage, the merge and the reconstruct matrix's, then the negative rests.
+    The elements are those of each stage's merge and reconstruct matrix, stage after stage, then the negated rests.
     """
     stages = [stage for stage in runs if stage is not None]
     count = sum(2 * len(stage.rows) for stage in stages)
@@ -251,15 +252,15 @@ def _products(
     last = frames[-1]
     if readout != "all":
         wanted = _wanted(num_tokens, num_prefix_tokens, readout, total)
-        # What is read of the prefix stands in the first rows of every state, and reads no others.
+        # Prefix tokens are the first rows of every state, and depend on no other rows.
         last = Product(wanted, frame, (int(wanted.rows[-1]) + 1, num_prefix_tokens if readout == "prefix" else width))
     return [*transitions, *(frames if maps else []), last], pairs, count
 
 
 def _rests(stages: Iterable[StageMatrices], count: int) -> tuple[Iterable[Entries], tuple[Tensor, Tensor]]:
-    """For each stage, what tokens that share a merged token have of each other in ``-R M``; and the factors of these.
+    """For each stage the entries of ``-R M`` between tokens that share a merged token, and these entries' factors.
 
-    Its numbers stand after the ``count`` stored ones.
+    Their elements follow the ``count`` stored ones.
     """
     entries, factors, start = [], [], 0
     for stage in stages:
@@ -273,7 +274,7 @@ def _rests(stages: Iterable[StageMatrices], count: int) -> tuple[Iterable[Entrie
 
 
 def _wanted(num_tokens: int, num_prefix_tokens: int, readout: str, total: int) -> Entries:
-    """The rows wanted of the full map: those of the prefix, and the mean of the patches."""
+    """The requested rows of the full map: the prefix tokens and, if asked for, the mean of the patches."""
     prefix = torch.arange(num_prefix_tokens)
     found = Entries(prefix, prefix, torch.full_like(prefix, total + _ONE))
     if readout == "prefix":
@@ -284,10 +285,10 @@ def _wanted(num_tokens: int, num_prefix_tokens: int, readout: str, total: int) -
 
 
 def carried_tokens(runs: Runs, num_tokens: int, num_prefix_tokens: int, readout: str) -> list[Tensor]:
-    """For each run the tokens that skip it and whose rows something later reads, found from the last run to the first.
+    """For each run the tokens that skip it and are read later, found from the last run to the first.
 
-    They are the pruned ones; where merged tokens keep their rest, those that share a merged token with one that is read
-    too. Dense matrices read every token.
+    These are pruned tokens and, where merged tokens keep their rest, those that share a merged token with one that is
+    read. Dense matrices read every token.
     """
     everything = torch.ones(num_tokens, dtype=torch.bool)
     read = torch.arange(num_tokens) < num_prefix_tokens if readout == "prefix" else everything
@@ -313,13 +314,13 @@ def carried_tokens(runs: Runs, num_tokens: int, num_prefix_tokens: int, readout:
 
 
 class SumsOfProducts(nn.Module):
-    """Sums of products of two numbers of a vector, at fixed places; no sum is in an order that may change.
+    """Sums of products of two elements of a vector, in a fixed order, so that results are reproducible.
 
     Args:
-        left, right: (terms,), which numbers each product is of.
-        sums: (terms,), which sum each product goes into; every sum has one.
-        count: of the vector's numbers; 1 and ``share`` come after them.
-        share: one over the number of patches.
+        left, right: (terms,), the indices of each product's factors.
+        sums: (terms,), the sum that each product goes into; every sum has at least one.
+        count: number of elements in the vector; 1 and ``share`` follow them.
+        share: 1 over the number of patches.
     """
 
     def __init__(self, left: Tensor, right: Tensor, sums: Tensor, count: int, share: float) -> None:
@@ -327,7 +328,7 @@ class SumsOfProducts(nn.Module):
         self._share = share
         self.register_buffer("factors", torch.stack([left, right]), persistent=False)
         self.register_buffer("sums", sums, persistent=False)
-        # Most sums have one term: these are taken as they are, the others through a table; a term more is 0.
+        # Most sums have a single term, which is taken as it is; the others go through a table padded with a zero term.
         counts = sums.bincount()
         alone = counts[sums] == 1
         table = _grouped(sums[~alone].unique(return_inverse=True)[1], int((counts > 1).sum()))
@@ -336,7 +337,7 @@ class SumsOfProducts(nn.Module):
         self.register_buffer("alone", alone.nonzero().squeeze(1), persistent=False)
         self.register_buffer("several", several, persistent=False)
         self.register_buffer("order", order.argsort(), persistent=False)
-        # Of each number, which products' gradients are its own: in the order of the other factors.
+        # For each element, where backward finds the gradients of its products: in the order of the other factor.
         numbers = torch.cat([right, left])
         stored = (numbers < count).nonzero().squeeze(1)
         uses = F.pad(stored, (0, 1), value=len(numbers))[_grouped(numbers[stored], count)]
@@ -353,7 +354,7 @@ class SumsOfProducts(nn.Module):
 
 
 class _DifferentiableSums(torch.autograd.Function):
-    """What autograd would scatter in backward is gathered, as many products may be of one number."""
+    """The sums with a backward that gathers: an element may be in many products, and autograd would scatter."""
 
     @staticmethod
     def forward(
@@ -384,11 +385,11 @@ def _sums_of_products(numbers: Tensor, factors: Tensor, alone: Tensor, several: 
 
 
 class SparsePattern(nn.Module):
-    """Where a :class:`SparseRows` has its numbers.
+    """The places of the nonzeros of a :class:`SparseRows`.
 
     Args:
-        places: (entries,), row * columns + column of each, in order.
-        shape: its rows and columns.
+        places: (entries,), row * columns + column of each entry, ascending.
+        shape: (rows, columns).
     """
 
     def __init__(self, places: Tensor, shape: tuple[int, int]) -> None:
@@ -404,7 +405,7 @@ class SparsePattern(nn.Module):
 
 
 def _grouped(groups: Tensor, count: int) -> Tensor:
-    """(count, most): which items are of each group, filled up with the number of all items."""
+    """(count, most): the indices of each group's items, padded with the total number of items."""
     order = groups.argsort(stable=True)
     ordered = groups[order]
     place = torch.arange(len(order)) - torch.searchsorted(ordered, ordered)

@@ -1,4 +1,4 @@
-"""The merge and reconstruct matrices of a stage, as they are stored and trained."""
+"""The merge and reconstruct matrices of a stage, in the form that is stored and trained."""
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ class StageMatrices(nn.Module):
     Args:
         plan: the plan that the stage belongs to.
         stage: the stage.
-        train_matrices: ``"support"`` trains one number for each nonzero of the plan's matrices; ``"dense"`` trains
-            every entry; ``None`` keeps the plan's numbers.
+        train_matrices: ``"support"`` trains the nonzeros of the plan's matrices; ``"dense"`` trains every entry;
+            ``None`` keeps the plan's values.
         shortcut: ``"pruned"`` or ``"all"``, see :func:`pm_models.compress`.
     """
 
@@ -36,23 +36,23 @@ class StageMatrices(nn.Module):
                 self.register_buffer(name, matrix)
             else:
                 self.register_parameter(name, nn.Parameter(matrix))
-        # 1 for tokens of which the merge leaves something out that skips the stage's blocks.
+        # 1 for tokens that share a merged token: what the merge leaves out of them skips the stage's blocks.
         shared = torch.zeros_like(mask)
         if self.keeps_rest:
             shared[columns[rows.bincount()[rows] > 1]] = 1
-        # Where the nonzeros are, sorted by row; merge[i] stands at (rows[i], columns[i]), reconstruct[i] transposed.
+        # The nonzeros' places, sorted by row: merge[i] is at (rows[i], columns[i]), reconstruct[i] at the transpose.
         for name, tensor in (("rows", rows), ("columns", columns), ("pruned_mask", 1 - mask), ("shared_mask", shared)):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """What is stored of both: the nonzeros (entries,), or with dense matrices all of (C, N) and (N, C).
+        """The stored values of both matrices: the nonzeros (entries,), or if dense all of (C, N) and (N, C).
 
-        Whatever makes, moves or changes a module's parameters before its forward does so here.
+        A forward of its own, so that hooks that make, move or change a module's parameters act before it.
         """
         return self.merge, self.reconstruct
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Merge matrix (C, N) and reconstruct matrix (N, C), differentiable in what trains."""
+        """Merge matrix (C, N) and reconstruct matrix (N, C), differentiable in the trained values."""
         merge, reconstruct = self()
         if self.dense:
             return merge, reconstruct
@@ -60,7 +60,7 @@ class StageMatrices(nn.Module):
         return merge, reconstruct.new_zeros(self.shape[::-1]).index_put((self.columns, self.rows), reconstruct)
 
     def freeze(self) -> None:
-        """Keep both as constants with all their entries, which are no longer saved."""
+        """Keep both matrices as dense constants, which are no longer saved."""
         matrices = [matrix.detach() for matrix in self.matrices()]
         for name, matrix in zip(("merge", "reconstruct"), matrices, strict=True):
             delattr(self, name)
@@ -68,11 +68,11 @@ class StageMatrices(nn.Module):
         self.dense = True
 
     def full_map(self, y: Tensor, merged: Tensor | None, x: Tensor) -> Tensor:
-        """The map (B, N, D) after the stage: ``R y``, and what skips its blocks.
+        """The full map (B, N, D) after the stage: ``R y`` and what skips its blocks.
 
         Args:
-            y: (B, C, D), what the blocks computed.
-            merged: (B, C, D), ``M x``; not read where pruned tokens alone skip the blocks.
+            y: (B, C, D), the blocks' output.
+            merged: (B, C, D), ``M x``; not used where only pruned tokens skip the blocks.
             x: (B, N, D), the map before the stage.
         """
         _, reconstruct = self.matrices()

@@ -1,7 +1,7 @@
-"""Rotary positions of merged tokens: a merged token stands at the mean of its members' positions.
+"""Rotary positions of merged tokens: a merged token's position is the mean of its members' positions.
 
-A rotary table holds sines and cosines of angles that grow in proportion to a patch's place in the grid, by slopes that
-are read off the table: no embedding has to tell how it was made.
+A rotary table holds sines and cosines of angles that are linear in a patch's place in the grid. The slopes are read off
+the table, so no details of the embedding have to be known.
 """
 
 import copy
@@ -17,7 +17,7 @@ _FINER = 3  # odd, so that centres of patches are centres of finer ones
 
 
 class MergedPositions(nn.Module):
-    """Where the merged tokens of a stage stand: each by the patch nearest to it, and its distance from there.
+    """The positions of a stage's merged tokens, each as the nearest patch and the distance from it.
 
     Args:
         plan: the plan that the stage belongs to.
@@ -38,20 +38,20 @@ class MergedPositions(nn.Module):
         self.register_buffer("distances", mean - nearest, persistent=False)
 
     def forward(self, angles: Tensor, slopes: Tensor) -> Tensor:
-        """Angles (..., patches, d) and slopes (..., 2, d) to the merged tokens' angles (..., C, d), prefix left out."""
+        """Angles (..., patches, d) and slopes (..., 2, d) to the angles (..., C, d) of merged patch tokens."""
         return angles.index_select(-2, self.patches) + self.distances.to(slopes.dtype) @ slopes
 
 
 class Rotary(nn.Module):
-    """How the angles of a rotary table grow over the grid.
+    """The slopes of a rotary table's angles over the grid.
 
     Args:
         rope: timm's embedding.
-        grid: (h, w), that it is for.
-        mixed: whether its tables are one for each block and head.
+        grid: (h, w) of the patches.
+        mixed: whether it has a table for each block and head.
 
     Raises:
-        ValueError: its angles are not proportional to the place in the grid.
+        ValueError: its angles are not linear in the place in the grid.
     """
 
     def __init__(self, rope: nn.Module, grid: tuple[int, int], mixed: bool) -> None:
@@ -65,7 +65,7 @@ class Rotary(nn.Module):
                 self._check_linear(table)
 
     def _slopes(self, angles: Tensor) -> Tensor:
-        """The angles' growth from patch to patch down and to the right, (..., 2, d)."""
+        """The angles' steps from a patch to the next one down and to the right, (..., 2, d)."""
         return _slopes(angles, self.turns, self._grid)
 
     def _check_linear(self, table: Tensor) -> None:
@@ -82,7 +82,7 @@ class Rotary(nn.Module):
 
 
 class RotaryPositions(Rotary):
-    """A rotary table by the merged tokens of each block of a static plan.
+    """Rotary tables for the merged tokens of each block of a static plan.
 
     Args:
         rope, mixed: as for :class:`Rotary`.
@@ -94,9 +94,9 @@ class RotaryPositions(Rotary):
         self._stages = nn.ModuleDict({str(stage.first): MergedPositions(plan, stage) for stage in plan.stages})
 
     def forward(self, table: Tensor, runs: Iterable[tuple[int, int, bool]]) -> list[Tensor]:
-        """The table (..., patches, 2 * d), sines first, as each block takes it: (tokens, 2 * d), or with heads before.
+        """Each block's table (tokens, 2 * d), or with heads before, from that of all patches (..., patches, 2 * d).
 
-        ``runs`` are the first and last of blocks that run on the same tokens, and whether these are a stage's.
+        ``runs``: first and last of consecutive blocks that run on the same tokens, and whether they are a stage.
         """
         angles = _angles(table)
         slopes = self._slopes(angles)
@@ -112,10 +112,10 @@ class RotaryPositions(Rotary):
 
 
 class RotaryPlaces(Rotary):
-    """A rotary table by where the tokens of each image stand. Arguments as for :class:`Rotary`."""
+    """Rotary tables for tokens whose positions differ from image to image. Arguments as for :class:`Rotary`."""
 
     def places(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """Rows and columns of the patches of a grid, (h * w, 2), in float32 at least."""
+        """Row and column of each patch of a grid, (h * w, 2), in at least float32."""
         rows, columns = (
             torch.arange(side, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
             for side in grid
@@ -123,7 +123,7 @@ class RotaryPlaces(Rotary):
         return torch.cartesian_prod(rows, columns)
 
     def forward(self, table: Tensor, places: Tensor | None, grid: tuple[int, int], block: int) -> Tensor:
-        """The table (..., patches, 2 * d) for a block: as it is, or at places (B, C, 2), (B, 1 or H, C, 2 * d)."""
+        """The block's table (..., patches, 2 * d): as it is, or for places (B, C, 2) as (B, 1 or H, C, 2 * d)."""
         table, turns = (table[block], self.turns[block]) if self._mixed else (table, self.turns)
         if places is None:
             return table
@@ -140,14 +140,14 @@ def _angles(table: Tensor) -> Tensor:
 
 
 def _slopes(angles: Tensor, turns: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(..., 2, d): the mean steps, and the whole turns (..., 2, d) beside them."""
+    """The mean steps down and to the right, (..., 2, d), with their whole turns (..., 2, d) added."""
     return torch.stack([step.mean(-2) for step in _steps(angles, grid)], dim=-2) + math.tau * turns
 
 
 def _steps(angles: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Differences down the first column (..., h - 1, d) and along the first row, between minus and plus half a turn.
 
-    One of zeros stands for none.
+    A grid of a single row or column has one difference there, zero.
     """
     angles = angles.unflatten(-2, grid)
     found = []
@@ -158,10 +158,10 @@ def _steps(angles: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _turns(rope: nn.Module, angles: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Whole turns that a step takes beside what the table shows of it, (..., 2, d).
+    """The whole turns of a step, which the table does not show, (..., 2, d).
 
-    A grid of few patches may step over half a turn. A finer one tells: either its steps are as long, or, where places
-    are scaled to the image, so much shorter.
+    On a grid of few patches a step may exceed half a turn. A finer grid reveals it: its steps are either as long, or,
+    where positions are scaled to the image, shorter by the same factor.
     """
     finer = [_FINER * side for side in grid]
     twin = copy.deepcopy(rope)

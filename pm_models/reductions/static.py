@@ -1,4 +1,4 @@
-"""The paper's way to fewer tokens: static merge and reconstruct matrices around each stage of blocks."""
+"""Prune and Merge: static merge and reconstruct matrices around each stage of blocks."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +22,7 @@ Maps = dict[int, Tensor | None]
 
 
 class Run(NamedTuple):
-    """Consecutive blocks ``first`` to ``last`` on so many tokens: a stage's, or all where ``stage`` is None."""
+    """Consecutive blocks ``first`` to ``last`` on as many ``tokens``: a stage's, or all if ``stage`` is None."""
 
     first: int
     last: int
@@ -36,9 +36,9 @@ class StaticReduction(nn.Module):
     The matrices of each stage are a submodule named by its first block.
 
     Args:
-        compression: the plan, and how it is carried out.
-        rope: the model's rotary embedding; ``None`` where it has none.
-        rope_mixed: whether its tables are one for each block.
+        compression: the plan and its options.
+        rope: the model's rotary embedding, or ``None``.
+        rope_mixed: whether it has a table for each block.
     """
 
     def __init__(self, compression: Compression, rope: nn.Module | None = None, rope_mixed: bool = False) -> None:
@@ -49,7 +49,7 @@ class StaticReduction(nn.Module):
         for stage in plan.stages:
             matrices = StageMatrices(plan, stage, compression.train_matrices, compression.shortcut)
             self.add_module(str(stage.first), matrices)
-        # Where blocks rotate queries and keys by their positions, merged tokens have positions of their own.
+        # Where blocks rotate queries and keys, merged tokens need positions.
         self.positions = None if rope is None else RotaryPositions(rope, plan, rope_mixed)
         self.cut(plan.depth)
 
@@ -61,7 +61,7 @@ class StaticReduction(nn.Module):
         return (self[run.stage] for run in self.runs if run.stage is not None)
 
     def cut(self, depth: int) -> None:
-        """Run the first ``depth`` blocks alone; a stage that the cut goes through ends there."""
+        """Run only the first ``depth`` blocks; a stage that reaches beyond them ends there."""
         plan = self._compression.plan
         for stage in plan.stages:
             if stage.first >= depth:
@@ -77,7 +77,7 @@ class StaticReduction(nn.Module):
             self.folds.to(next(self.values()).rows.device)
 
     def freeze(self, dtype: torch.dtype) -> None:
-        """Make every fold constant, and the matrices too: nothing of them trains, or is saved, any more."""
+        """Make the folds and the matrices constant: they no longer train and are no longer saved."""
         with torch.no_grad():
             for name, fold in self.folds.items():
                 self.folds[name] = FrozenFold(fold(self._stages(), dtype))
@@ -104,16 +104,16 @@ class StaticReduction(nn.Module):
         Args:
             blocks: the model's.
             x: (B, N, D).
-            readout: ``"all"`` N tokens, ``"prefix"``, or ``"patch_mean"``: what is read need not be made exact; where
-                all tokens are there anyway, they are given.
-            rope: a rotary table of the patches.
-            grid: of the patches, the plan's.
-            maps: to be filled in with the full map after each block that it has a key for. The last of them ends the
-                run, and its map is returned.
-            checkpointing: compute what is between blocks again in backward.
+            readout: the rows that are needed: ``"all"`` N tokens, ``"prefix"``, or ``"patch_mean"``. All rows are
+                returned where they exist anyway.
+            rope: a rotary table for the patches.
+            grid: the patches' grid, which is the plan's.
+            maps: filled in with the full map after each block that is a key. The run ends after the last of them and
+                returns its map.
+            checkpointing: recompute activations between blocks in backward.
 
         Raises:
-            ValueError: x has not as many tokens as the plan.
+            ValueError: x does not have as many tokens as the plan.
         """
         plan = self._compression.plan
         if x.shape[1] != plan.num_tokens:
@@ -136,10 +136,10 @@ class StaticReduction(nn.Module):
     def _run_literal(
         self, blocks: nn.Module, x: Tensor, positions: list[dict], maps: Maps, call: Callable | None
     ) -> Tensor:
-        """The paper's equations one by one: always all N tokens.
+        """The paper's equations one by one, always with all N tokens between stages.
 
-        With ``shortcut="all"`` a token that shares a merged token has ``x - R M x`` added.
-        With ``merge_site="attention"`` the first block of a stage takes x itself, and merges in its attention.
+        With ``shortcut="all"``, ``x - R M x`` is added to tokens that share a merged token. With
+        ``merge_site="attention"``, the first block of a stage takes x itself and merges in its attention.
         """
         for run, stage in zip(self.runs, self._stages(), strict=True):
             merge = None if stage is None else stage.matrices()[0]
@@ -170,14 +170,14 @@ class StaticReduction(nn.Module):
         maps: Maps,
         call: Callable | None,
     ) -> Tensor:
-        """The same through folded transitions: between stages there is only the state, see :mod:`.folding`.
+        """The same by folded transitions: only the small state exists between stages, see :mod:`.folding`.
 
-        The state is in three tensors: the next transition mixes ``[x + update; carried]``.
+        The state consists of three tensors; the next transition mixes ``[x + update; carried]``.
         """
         plan = self._compression.plan
         folded = self.fold("maps" if maps else readout, autocast_dtype(x) or x.dtype)
-        # Where the readout reads the prefix rows alone, the last block computes no others. Only with matrices on the
-        # plan's support is it so: a prefix token is read off its own row, with dense matrices off all rows.
+        # If only the prefix rows are read, the last block computes no others. This holds for matrices on the plan's
+        # support, where a prefix token depends on its own row alone; with dense matrices it depends on all rows.
         reads_prefix = readout == "prefix" and not maps and self._compression.train_matrices != "dense"
         update = carried = None
         for index, (run, matrix) in enumerate(zip(self.runs, folded.transitions, strict=True)):
@@ -191,7 +191,7 @@ class StaticReduction(nn.Module):
                     rows=plan.num_prefix_tokens
                     if reads_prefix and number == len(blocks) - 1 and attends_apart(block)
                     else None,
-                    # A step that is computed again keeps its inputs, of which one is less than two.
+                    # Checkpointing keeps a step's inputs: one tensor takes less memory than two.
                     apart=number == run.last and number not in maps and call is None,
                     positions=positions[number],
                 )
@@ -221,9 +221,9 @@ def _step(
     apart: bool,
     positions: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A block, and the transition before it where there is one, from state to state.
+    """Run a block, with the transition before it if there is one, from state to state.
 
-    ``rows`` are those to compute, where not all; ``apart`` leaves the last sum to be done.
+    ``rows``: compute only that many; ``apart``: return the terms of the last sum separately.
     """
     normed = None
     if matrix is not None:
@@ -237,21 +237,21 @@ def _step(
 
 
 def _run_merging(block: nn.Module, x: Tensor, *, merged: Tensor, merge: Tensor) -> Tensor:
-    """The block with its merge inside the attention: (B, N, D), ``merged`` (B, C, D) and merge (C, N) -> (B, C, D).
+    """A block that merges inside its attention: x (B, N, D), ``merged`` (B, C, D) and merge (C, N) to (B, C, D).
 
     The first norm and the projection to queries, keys and values run on all N tokens, the rest on the C merged ones.
     """
     if not comes_apart(block):
         raise ValueError(
-            "merge_site='attention' runs a stage's first block by its parts, which would pass by the hook or forward "
-            "that was put on the block itself; put it on a part of the block, or merge before it (merge_site='block')"
+            "merge_site='attention' runs a stage's first block in parts, which would bypass the hook or forward that "
+            "was put on the block itself; put it on a part of the block, or merge before it (merge_site='block')"
         )
     y = merged + attend(block, block.norm1(x), merge=merge)
     return y + feed(block, y)
 
 
 def _runs(compression: Compression, depth: int) -> Iterator[Run]:
-    """The stages, and between them the uncompressed blocks, up to ``depth``."""
+    """The stages and the uncompressed blocks between them, up to ``depth``."""
     block, plan = 0, compression.plan
     while block < depth:
         stage = plan.stage_of(block)

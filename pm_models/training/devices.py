@@ -1,4 +1,4 @@
-"""The devices and processes that a run is on."""
+"""The devices and processes of a run."""
 
 import os
 
@@ -10,14 +10,14 @@ from accelerate.utils import is_tensorboard_available
 def make_accelerator(
     *, mixed_precision: str = "no", cpu: bool = False, tensorboard: str | os.PathLike | None = None
 ) -> Accelerator:
-    """accelerate's engine, shuffling by seed and epoch alone, so that a continued run sees the same batches.
+    """An Accelerator that shuffles by seed and epoch only, so that a continued run sees the same batches.
 
-    The processes that torchrun or another launcher started form a group, on CPUs too.
+    Processes started by torchrun or another launcher form a group, also on CPUs.
 
     Args:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
-        cpu: stay on the CPU where there is a GPU.
-        tensorboard: folder for TensorBoard's logs of every epoch; ``None`` writes none.
+        cpu: use the CPU even if there is a GPU.
+        tensorboard: folder for TensorBoard logs of every epoch; ``None`` writes none.
 
     Raises:
         ImportError: ``tensorboard`` is given, but not installed.
@@ -27,7 +27,7 @@ def make_accelerator(
         raise ImportError("logs for TensorBoard need the package tensorboard: pip install tensorboard")
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        cpu=cpu or not torch.accelerator.is_available(),  # accelerate groups processes on CPUs only where it is told to
+        cpu=cpu or not torch.accelerator.is_available(),  # accelerate groups CPU processes only if asked to
         log_with=None if tensorboard is None else "tensorboard",
         project_dir=tensorboard,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -41,5 +41,5 @@ def make_accelerator(
 
 
 def launched_processes() -> int:
-    """How many processes torchrun or another launcher of PyTorch's started, of which this is one."""
+    """The number of processes that torchrun or another launcher started, including this one."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1

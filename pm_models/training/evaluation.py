@@ -1,4 +1,4 @@
-"""What a model is worth: loss and accuracies of a classifier, mIoU and accuracies of a Segmenter."""
+"""Evaluate models: loss and accuracy of a classifier, mIoU and accuracies of a Segmenter."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -25,12 +25,12 @@ def evaluate(
     """Loss and accuracy (percent) of a model on all images of a loader.
 
     Args:
-        model: on the accelerator's device.
-        loader: yields (images, targets); prepared by the accelerator where there are several processes.
+        model: a model on the accelerator's device.
+        loader: yields (images, targets); with several processes, prepared by the accelerator.
         accelerator: device, precision and processes.
 
     Returns:
-        ``loss``, ``top1``, ``top5`` (of as many classes as there are, up to five) and ``images``.
+        ``loss``, ``top1``, ``top5`` (with fewer than five classes, of as many as there are) and ``images``.
 
     Raises:
         ValueError: the loader is empty.
@@ -52,7 +52,7 @@ def evaluate(
 
 
 class Measures(NamedTuple):
-    """Of all pixels with a label, in percent: the means are over the classes that occur."""
+    """Measures over all labelled pixels, in percent; means are over the classes that occur."""
 
     miou: float
     macc: float
@@ -61,16 +61,16 @@ class Measures(NamedTuple):
 
 
 def measures(confusion: Tensor) -> Measures:
-    """Intersection over union and accuracies from a confusion matrix (classes, classes), labels by predictions.
+    """Intersection over union and accuracies from a confusion matrix (labels, predictions).
 
-    A class that occurs in labels or predictions counts in the mean IoU, one that occurs in labels in the mean accuracy.
+    The mean IoU is over classes that occur in labels or predictions, the mean accuracy over those in labels.
 
     Raises:
         ValueError: no pixel has a label.
     """
     confusion = confusion.double()
     if confusion.sum() == 0:
-        raise ValueError("no pixel has a label: every one is ignored")
+        raise ValueError("no pixel has a label: all of them are ignored")
     hits, labelled, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
     union = labelled + predicted - hits
     iou = 100 * hits / union
@@ -91,16 +91,16 @@ def evaluate_segmentation(
     scales: tuple[float, ...] = (1.0,),
     flip: bool = False,
 ) -> Measures:
-    """mIoU and accuracies of a model, each image by sliding windows and at the size of its labels.
+    """mIoU and accuracies of a model, evaluated by sliding windows at the size of each image's labels.
 
     Args:
-        model: on the accelerator's device.
-        images: yields batches (images (B, 3, H, W), labels (B, h, w)); where sizes differ, one image each. Each of
-            several processes is given its share, and all return the measures of all images.
+        model: a model on the accelerator's device.
+        images: yields batches (images (B, 3, H, W), labels (B, h, w)), of one image each if sizes differ. With several
+            processes each gets its share, and all return the measures over all images.
         accelerator: device, precision and processes.
         stride: see :func:`pm_models.segmenter.sliding_window`.
         scales: see :func:`pm_models.segmenter.predict`.
-        flip: likewise.
+        flip: see :func:`pm_models.segmenter.predict`.
 
     Raises:
         ValueError: there are no images, or no pixel has a label.
@@ -118,7 +118,7 @@ def evaluate_segmentation(
 
 
 def predicted_classes(model: Segmenter, image: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """The class (h, w) = ``size`` of every pixel of an image (3, H, W), normalised, by sliding windows."""
+    """The class of every pixel, (h, w) = ``size``, of a normalised image (3, H, W), by sliding windows."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         logits = predict(model.eval(), image[None].to(device), size)[0]

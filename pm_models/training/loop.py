@@ -45,40 +45,40 @@ def fit(
 ) -> list[EpochResult]:
     """Train the task's model in place, evaluating after every epoch, with progress bars.
 
-    Several processes do what one process does with as many images per step, up to rounding: they share its shuffles,
-    its augmentation (:class:`~pm_models.data.SeededImages`), and how much mixup and cutmix mix. They draw otherwise
-    which images these pair, as each process pairs its own, and what random depth and dropout leave out.
+    Up to rounding, several processes do the same as one process with as many images per step: shuffles, augmentations
+    (:class:`~pm_models.data.SeededImages`) and the strengths of mixup and cutmix are equal. What differs is which
+    images these pair, because each process pairs its own, and what stochastic depth and dropout leave out.
 
     Args:
         task: from :func:`classification_task`, :func:`distillation_task` or a :class:`SegmentationTask`.
         train_loader: yields (images (B, C, H, W), targets (B,)), in segmentation (B, H, W).
-        eval_loader: what ``evaluator`` takes; where one is given, this process's share of the images.
+        eval_loader: the loader that ``evaluator`` takes; if ``evaluator`` is given, this process's share of the images.
         recipe: how to train.
         accelerator: from :func:`make_accelerator`.
-        state_dir: where the whole state is kept after every epoch, with the state before it as ``<state_dir>.old``. A
-            run continues from the newest state there, or with a warning from the older one where the newest is damaged.
-            ``None`` keeps none.
-        settings: what else decides the run, by name, as plain values: where its images are, how they are augmented. A
-            state is continued only with the settings, recipe, model, losses, teacher, batch size, precision and number
-            of processes that it began with.
-        evaluator: called after every epoch with the model, ``eval_loader`` and ``accelerator=``; gives the fields of
+        state_dir: where to save the whole state after every epoch; the previous state is kept as ``<state_dir>.old``. A
+            run continues from the newest state there or, with a warning, from the older one if the newest is damaged.
+            ``None`` saves none.
+        settings: other plain values that determine the run, by name, such as where its images are and how they are
+            augmented. A run is only continued with the settings, recipe, model, losses, teacher, batch size, precision
+            and number of processes that it began with.
+        evaluator: called after every epoch with the model, ``eval_loader`` and ``accelerator=``; returns the fields of
             :class:`EpochResult` that it measures. ``None``: :func:`evaluate`.
-        recovery_interval: also keep the state after every so many steps of the optimiser within an epoch; 0 does not.
-        summary: a CSV file with the results of all epochs so far, in the columns of timm's ``train.py``.
-        name: shown before the progress.
+        recovery_interval: also save the state after this many optimiser steps within an epoch; 0: only after epochs.
+        summary: CSV file for the results of all epochs so far, with the columns of timm's ``train.py``.
+        name: label of the progress bars.
 
     Returns:
-        One result per epoch, those before a continuation included.
+        One result per epoch, including those before a continuation.
 
     Raises:
-        ValueError: ``train_loader`` is empty, or the state is of a run with other settings, which are named.
-        OSError: a state or the summary cannot be written; the state before it is still whole.
+        ValueError: ``train_loader`` is empty, or the state belongs to a run with other settings, which are named.
+        OSError: a state or the summary cannot be written; the previous state is intact.
         FloatingPointError: the loss is no longer finite.
     """
     if len(train_loader) == 0:
         raise ValueError("train_loader is empty: expected at least one batch of (images, targets)")
     set_seed(recipe.seed)
-    accelerator.free_memory()  # what an earlier run prepared is not part of this run's state
+    accelerator.free_memory()  # an earlier run's objects must not become part of this run's state
     began = {} if state_dir is None else run_settings(recipe, settings or {}, task, train_loader, accelerator)
     state = RunState(state_dir, began, task, accelerator)
     trainer = _Trainer(task, train_loader, recipe, accelerator)
@@ -98,14 +98,14 @@ def fit(
         _write_summary(results, summary, accelerator)
         progress = Progress(results)
         state.save(progress)
-    _write_summary(results, summary, accelerator)  # also where every epoch was behind a run that continues
+    _write_summary(results, summary, accelerator)  # also if no epoch was left to run
     accelerator.wait_for_everyone()
     trainer.leave_weights()
     return results
 
 
 class _Trainer:
-    """The task's model with its optimiser, schedule and loader, prepared for the devices; it trains epoch by epoch."""
+    """A task's model with optimiser, schedule and loader, prepared for the devices, to be trained epoch by epoch."""
 
     def __init__(
         self, task: TrainingTask, loader: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, accelerator: Accelerator
@@ -127,8 +127,8 @@ class _Trainer:
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
         task.trainable_module = self.model
         task.to(accelerator.device)
-        self.steps = len(self.loader)  # of an epoch, each of one batch
-        self.updates = math.ceil(self.steps / recipe.grad_accum_steps)  # of an epoch; the last may be of fewer batches
+        self.steps = len(self.loader)  # per epoch, one batch each
+        self.updates = math.ceil(self.steps / recipe.grad_accum_steps)  # per epoch; the last may have fewer batches
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=recipe.sched,
@@ -146,10 +146,10 @@ class _Trainer:
         return self.task.trainable_module_ema.module if self.task.has_ema() else self.model
 
     def train_epoch(self, epoch: int, progress: Progress, label: str, state: RunState, recovery_interval: int) -> dict:
-        """Train one epoch, from where ``progress`` is; gives those fields of an EpochResult that training measures."""
+        """Train an epoch from where ``progress`` is; returns the fields of EpochResult that training measures."""
         self.task.train()
         trained_before, start, speed = progress.loss.count, time.perf_counter(), 0.0
-        # Some samplers draw from the global generators: every process must draw alike, and a continued run again.
+        # Some samplers use the global generators, which must be equal in all processes and in a continued run.
         set_seed(self.recipe.seed + epoch)
         batches = skip_first_batches(self.loader, progress.steps) if progress.steps else self.loader
         tell_epoch(batches, epoch)
@@ -180,14 +180,14 @@ class _Trainer:
         }
 
     def _ends_group(self, step: int) -> bool:
-        """Whether the optimiser takes its step after this one, which ends a group of batches or the epoch."""
+        """Whether the optimiser steps after this batch, because it ends a group of batches or the epoch."""
         return (step + 1) % self.recipe.grad_accum_steps == 0 or step + 1 == self.steps
 
     def _accumulate_gradients(self, epoch: int, step: int, images: Tensor, targets: Tensor) -> tuple[float, float]:
-        """Forward and backward of one batch; the loss and the accuracy in percent over all processes."""
+        """Forward and backward of a batch; returns loss and accuracy (percent) over all processes."""
         accelerator, recipe = self.accelerator, self.recipe
         group, group_start = recipe.grad_accum_steps, step // recipe.grad_accum_steps * recipe.grad_accum_steps
-        # The number of a step seeds what is random in it, so that a continued run draws as it would have.
+        # Each step is seeded by its number, so that a continued run draws the same numbers.
         number = epoch * self.steps + step
         torch.manual_seed(_step_seed(recipe.seed, number, accelerator.process_index))
         self.scheduler.step_update(epoch * self.updates + step // group)
@@ -206,13 +206,13 @@ class _Trainer:
                     f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}; a lower learning "
                     f"rate than {recipe.lr} or more warm-up epochs than {recipe.warmup_epochs} may help"
                 )
-            # accelerate's own accumulation would divide by the whole group where an epoch ends within one.
+            # accelerate's own accumulation would divide by the group size even if the epoch ends within a group.
             accelerator.backward(result["loss"] / min(group, self.steps - group_start))
         hits, counted = accelerator.reduce(_hits(result["output"].detach(), targets), "sum").tolist()
         return loss, 100 * hits / max(counted, 1)
 
     def _update_weights(self, update: int) -> None:
-        """A step of the optimiser, of which ``update`` were taken with this one."""
+        """Take optimiser step number ``update``."""
         if self.recipe.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
@@ -220,9 +220,9 @@ class _Trainer:
         self.task.update_ema(update)
 
     def leave_weights(self) -> None:
-        """Leave the trained or averaged weights in the task's model, which is as it was before it was prepared."""
+        """Put the trained or averaged weights into the task's model, unwrapped as it was before it was prepared."""
         task, accelerator = self.task, self.accelerator
-        if self.whole_model is not None:  # the first process gets the weights, and saves them
+        if self.whole_model is not None:  # only the first process gets the weights, and saves them
             weights = accelerator.get_state_dict(self.model)
             if accelerator.is_main_process:
                 self.whole_model.load_state_dict(weights)
@@ -239,7 +239,7 @@ def _step_seed(seed: int, step: int, process: int) -> int:
 
 
 def _hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many targets the logits (targets, classes) name, and how many there are; in segmentation, with a label."""
+    """How many targets the logits (targets, classes) hit, and how many targets count: labelled ones in segmentation."""
     counted = targets != IGNORED if targets.dim() > 1 else torch.ones_like(targets, dtype=torch.bool)
     hits = (logits.argmax(dim=1) == targets.flatten()) & counted.flatten()
     return torch.stack([hits.sum(), counted.sum()])

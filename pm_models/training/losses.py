@@ -1,4 +1,6 @@
-"""What training minimises, as timm's tasks: cross-entropy and soft distillation, of images or of every pixel."""
+"""Training losses as timm's tasks: cross-entropy and soft distillation, for images or for pixels."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,29 +23,30 @@ def distillation_task(
 
     The divergence is averaged over the batch and the classes, as in the code of the paper (arXiv 2503.23455).
     """
+    classes: Any = student.num_classes
     return LogitDistillationTask(
         student,
         teacher,
         criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
         task_loss_weight=1.0,
         # timm averages the divergence over the batch alone.
-        distill_loss_weight=alpha / student.num_classes,
+        distill_loss_weight=alpha / classes,
         temperature=temperature,
         verbose=False,
     )
 
 
 class SegmentationTask(TrainingTask):
-    """Cross-entropy of every labelled pixel, and soft distillation of every pixel where there is a teacher.
+    """Cross-entropy over labelled pixels and, with a teacher, soft distillation over all pixels.
 
-    The divergence is averaged over pixels and classes, as :func:`distillation_task` averages it over images and
-    classes. A batch without any label has a cross-entropy of 0.
+    The divergence is averaged over pixels and classes, just as :func:`distillation_task` averages it over images and
+    classes. The cross-entropy of a batch without labels is 0.
 
     Args:
-        student: images (B, C, H, W) to logits (B, classes, H, W).
-        teacher: likewise; frozen.
-        alpha: weight of the distillation.
-        temperature: its temperature.
+        student: a model from images (B, C, H, W) to logits (B, classes, H, W).
+        teacher: a model of the same form; it is frozen.
+        alpha: weight of the distillation loss.
+        temperature: temperature of the distillation.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class SegmentationTask(TrainingTask):
         return self
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images and targets (B, H, W); the output is (B * H * W, classes)."""
+        """The losses of images and targets (B, H, W); ``output`` is (B * H * W, classes)."""
         maps = self.trainable_module(input)
         loss, logits = segmentation_loss(maps, target, shared=self.training), _by_pixel(maps)
         if self.teacher is not None:
@@ -74,10 +77,10 @@ class SegmentationTask(TrainingTask):
 
 
 def segmentation_loss(logits: Tensor, targets: Tensor, *, shared: bool = False) -> Tensor:
-    """Cross-entropy of logits (B, classes, H, W), the mean over the labelled of targets (B, H, W); 0 without any.
+    """Mean cross-entropy of logits (B, classes, H, W) over the labelled pixels of targets (B, H, W); 0 without any.
 
-    ``shared`` takes the mean over the labelled pixels of all processes, so that the mean of their losses is the loss of
-    all images.
+    ``shared``: divide by the labelled pixels of all processes, so that the mean of their losses is the loss over all
+    images.
     """
     labelled, processes = (targets != IGNORED).sum(), 1
     if shared and torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""How to train, and what each epoch of it came to."""
+"""How to train, and the results of each epoch."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ SCHEDULES = ("cosine", "poly")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The fields are named as timm's ``train.py`` names its flags.
+    """How to train. Fields have the names of the flags of timm's ``train.py``.
 
     Args:
         epochs: passes over the data.
@@ -21,14 +21,14 @@ class Recipe:
         min_lr: learning rate at the end.
         clip_grad: largest gradient norm; ``None`` does not clip.
         opt: timm's name of the optimiser.
-        sched: ``"cosine"``, or ``"poly"``, a polynomial of degree 0.9 in what is left, as Segmenter is trained.
-        layer_decay: the learning rate of block ``l`` is that of block ``l + 1`` times this; ``None``: all the same.
-        grad_accum_steps: batches whose gradients make one step of the optimiser.
-        model_ema_decay: keep an exponential moving average of the weights, which is what is evaluated and what is left
-            in the model at the end; ``None`` keeps none.
-        mixup: alpha of mixup; 0 does not mix.
-        cutmix: alpha of cutmix, in half of the batches where ``mixup`` is above 0 too; 0 does not cut.
-        seed: of the shuffles, augmentations and random depth.
+        sched: ``"cosine"``, or ``"poly"``, a polynomial of degree 0.9 in the remaining steps, as Segmenter uses it.
+        layer_decay: learning rate of block ``l`` relative to that of block ``l + 1``; ``None``: all equal.
+        grad_accum_steps: number of batches whose gradients make one optimiser step.
+        model_ema_decay: keep an exponential moving average of the weights, which is evaluated and left in the model at
+            the end; ``None`` keeps none.
+        mixup: alpha of mixup; 0: no mixup.
+        cutmix: alpha of cutmix, which gets half of the batches if ``mixup`` is used too; 0: no cutmix.
+        seed: of shuffles, augmentations and stochastic depth.
     """
 
     epochs: int
@@ -69,9 +69,9 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochResult:
-    """One epoch of training, and the evaluation after it; accuracies in percent, ``lr`` that of the last step.
+    """Results of an epoch of training and the evaluation after it; accuracies in percent, ``lr`` of the last step.
 
-    In segmentation accuracies are of pixels, ``loss`` and ``top5`` are not measured, and ``miou`` and ``macc`` are.
+    In segmentation, accuracies are over pixels; ``miou`` and ``macc`` are measured instead of ``loss`` and ``top5``.
     """
 
     epoch: int
@@ -92,7 +92,7 @@ _TIMMS_NAMES = {"images_per_second": "samples_per_sec"} | {
 
 
 def summary_csv(results: Sequence[EpochResult]) -> str:
-    """One line for each epoch, with what was measured in columns that are named as in timm's ``train.py``."""
+    """A CSV line for each epoch; the columns of measured values are named as in timm's ``train.py``."""
     names = [field.name for field in fields(EpochResult)]
     names = [name for name in names if any(getattr(result, name) is not None for result in results)]
     text = io.StringIO()

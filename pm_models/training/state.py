@@ -1,4 +1,4 @@
-"""The state of a run: a run that was killed at any moment continues as if it had not been, with what it began with."""
+"""The state of a run, from which a run killed at any moment continues as if it had not been killed."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ _ABSENT = "absent"
 
 @dataclass
 class Progress:
-    """How far a run is: the results of its epochs, and the steps of the next one with their averages."""
+    """The progress of a run: the results of its epochs, and the steps of the next one with their averages."""
 
     results: list[EpochResult] = field(default_factory=list)
     steps: int = 0
@@ -52,13 +52,13 @@ class Progress:
 
 
 class RunState:
-    """A folder with all that a run needs to continue, and the state before it as ``<folder>.old``.
+    """A folder with everything that a run needs to continue, and the previous state as ``<folder>.old``.
 
     Args:
-        folder: ``None`` keeps nothing.
-        began: what the run began with, from :func:`run_settings`; a run with other settings is refused.
-        task: with the moving average of the weights, where there is one.
-        accelerator: with what it has prepared: the model, the optimiser and the loader.
+        folder: ``None`` saves nothing.
+        began: the settings that the run began with, from :func:`run_settings`; other settings are refused.
+        task: the task, with the moving average of the weights if there is one.
+        accelerator: the accelerator that prepared the model, the optimiser and the loader.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class RunState:
         self._began, self._task, self._accelerator = began, task, accelerator
 
     def save(self, progress: Progress) -> None:
-        """Write the state beside the last one, then let it take its place: at every moment one of them is whole.
+        """Write the state beside the previous one, then swap them, so that one of them is intact at every moment.
 
         Raises:
-            OSError: it cannot be written; the last one is untouched.
+            OSError: it cannot be written; the previous state is left as it was.
         """
         if self._folder is None:
             return
@@ -88,7 +88,7 @@ class RunState:
                 values = {"format": _FORMAT, "began": self._began, "files": _digests(new), **progress.to_dict()}
                 content = json.dumps(values, indent=2).encode()
                 write_atomically(new / _PROGRESS, f"{hashlib.sha256(content).hexdigest()}\n".encode() + content)
-        except (OSError, SafetensorError, RuntimeError) as error:  # where the disk is full, torch says RuntimeError
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
             shutil.rmtree(new, ignore_errors=True)
             message = f"the state could not be written to {new}; the one before it is untouched: {error}"
             raise OSError(message) from error
@@ -100,10 +100,10 @@ class RunState:
         accelerator.wait_for_everyone()
 
     def load(self) -> Progress:
-        """Load the newest whole state; without any, the run begins.
+        """Load the newest intact state; without any, the run begins.
 
         Raises:
-            ValueError: the state is of a run with other settings or of another version, or every state is damaged.
+            ValueError: the state is from a run with other settings or from another version, or all are damaged.
         """
         if self._folder is None:
             return Progress()
@@ -147,7 +147,7 @@ class RunState:
 
 
 def _whole(folder: Path) -> dict | None:
-    """What a state's progress file says, where it and every other file are as they were written."""
+    """The content of a state's progress file, or ``None`` if any file of the state is not as it was written."""
     try:
         digest, _, content = (folder / _PROGRESS).read_bytes().partition(b"\n")
     except OSError:
@@ -159,7 +159,7 @@ def _whole(folder: Path) -> dict | None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Of every file of a state but the progress file."""
+    """The digests of all files of a state except the progress file."""
     digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != _PROGRESS:
@@ -174,16 +174,16 @@ def _digests(folder: Path) -> dict[str, str]:
 def run_settings(
     recipe: Recipe, given: Mapping[str, object], task: TrainingTask, loader: DataLoader, accelerator: Accelerator
 ) -> dict[str, dict[str, object]]:
-    """All that decides which weights a run ends with, except for the images, as plain JSON values in groups.
+    """Everything except the images that determines the weights a run ends with, as plain JSON values in groups.
 
-    How many workers load images, and which device computes, decide nothing.
+    The number of workers and the device do not count.
 
     Args:
         recipe: how to train.
-        given: what else the caller knows.
-        task: the losses, with the model and its teacher, before they are prepared.
-        loader: of the training images, before it is prepared.
-        accelerator: precision and processes.
+        given: further settings from the caller.
+        task: the losses, with the model and its teacher, not prepared yet.
+        loader: loads the training images, not prepared yet.
+        accelerator: knows precision and processes.
     """
     model = task.trainable_module
     dataset, batches = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
@@ -211,12 +211,12 @@ def run_settings(
 
 
 def refuse_other_settings(began: dict[str, dict], now: dict[str, dict], folder: Path) -> None:
-    """Refuse to continue what is in ``folder`` with other settings than it began with; both are in groups.
+    """Refuse to continue the run in ``folder`` with other settings than it began with; both come in groups.
 
-    An attribute of a part that only one of them has is passed over, because versions of timm differ in these.
+    Attributes of parts that only one of them has are ignored, because versions of timm differ in these.
 
     Raises:
-        ValueError: naming what differs, what it was and what it is.
+        ValueError: the settings differ; the message gives their old and new values.
     """
     different: dict[str, tuple[str, str]] = {}  # what it was, and what it is
     for group, values in now.items():
@@ -238,7 +238,7 @@ def refuse_other_settings(began: dict[str, dict], now: dict[str, dict], folder: 
 
 
 def flat_settings(values: Mapping[str, object]) -> dict[str, object]:
-    """Settings as they are when they are read again: values of JSON, mappings in them by ``model_kwargs.depth``."""
+    """Settings in the form in which they are read back: JSON values, with nested ones as ``model_kwargs.depth``."""
     return json.loads(json.dumps(_flat(values), default=str))
 
 
@@ -260,7 +260,7 @@ def _kind(parameter: nn.Parameter) -> str:
 
 
 def _digest(*values: object) -> str | None:
-    """A few letters that tell tensors, or values of JSON, from others; ``None`` for none."""
+    """A short digest of tensors or JSON values; ``None`` if there are none."""
     if not values:
         return None
     digest = hashlib.sha256()

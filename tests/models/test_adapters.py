@@ -258,30 +258,30 @@ NOT_CONVERTED = {
     "adapters inside": (with_adapters_inside, "adapters that are not merged: merge .*merge_and_unload"),
     "quantised by torch": (
         lambda: torch.ao.quantization.quantize_dynamic(torchvision_model(), {nn.Linear}),
-        "other weights than floating-point tensors, .* as a quantised one has: convert it as it was before",
+        "weights that are not floating-point tensors .*, as quantised models have: convert the original model",
     ),
-    "int8": (of_int8, "floating-point tensors, .*weight of torch.int8, as a quantised one has"),
-    "a tensor subclass": (of_a_subclass, "floating-point tensors, encoder.*weight of Subclass, as a quantised one"),
-    "in pieces": (in_pieces, "is in pieces, on cpu, meta: load it whole on one device, without device_map"),
-    "without weights": (without_weights, "is in pieces, on meta: load it whole"),
+    "int8": (of_int8, r"floating-point tensors .*weight of torch.int8\), as quantised models have"),
+    "a tensor subclass": (of_a_subclass, r"floating-point tensors .encoder.*weight of Subclass\), as quantised models"),
+    "in pieces": (in_pieces, "is spread over cpu, meta: load all of it on one device, without device_map"),
+    "without weights": (without_weights, "is spread over meta: load all of it"),
     "two convolutions": (
         lambda: torchvision_model(conv_stem_configs=[ConvStemConfig(8, 2, 2), ConvStemConfig(16, 2, 2)]),
         "more than one convolution before its blocks",
     ),
     "an MLP for a head": (
         lambda: torchvision_model(nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 2))),
-        r"a layer before its head \(Linear, ReLU, Linear\), which timm's has not",
+        "head consists of Linear, ReLU, Linear, but timm's is a single Linear",
     ),
-    "a head of another kind": (lambda: torchvision_model(nn.LayerNorm(32)), r"its head \(LayerNorm\)"),
+    "a head of another kind": (lambda: torchvision_model(nn.LayerNorm(32)), r"head consists of LayerNorm, but"),
     "DINOv2's head": (
         lambda: transformers_model("Dinov2ForImageClassification"),
-        "reads more than its class token, the mean of its patches too, .* give its backbone, model.dinov2, and",
+        "classifier also reads the mean of its patches, .*: pass its backbone, model.dinov2, and",
     ),
     "DINOv2's head beside registers": (
         lambda: transformers_model("Dinov2WithRegistersForImageClassification"),
-        "reads more than its class token, .* give its backbone, model.dinov2_with_registers, and train a new head",
+        "also reads the mean of its patches, .*: pass its backbone, model.dinov2_with_registers, and train a new head",
     ),
-    "biases of keys": (lambda: transformers_model("DINOv3ViTModel", key_bias=True), "biases of its keys"),
+    "biases of keys": (lambda: transformers_model("DINOv3ViTModel", key_bias=True), "has key biases"),
     "another gate": (
         lambda: transformers_model("DINOv3ViTModel", use_gated_mlp=True), "has hidden_act 'gelu', expected 'silu'"
     ),
@@ -317,5 +317,7 @@ def test_adapters_that_are_merged():
 
 def test_a_folder_of_transformers_is_known(tmp_path):
     transformers_model("ViTModel").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="it is a model of transformers, which pm_models.to_timm takes"):
+    with pytest.raises(
+        ValueError, match="it is a model of transformers: load it there, and convert it with pm_models.to_timm"
+    ):
         load_pretrained(tmp_path)

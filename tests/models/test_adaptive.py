@@ -274,7 +274,9 @@ def test_where_models_merge(depth, blocks):
 
 def test_shares_out_of_reach():
     dense = timm.create_model("vit_tiny_patch16_224", depth=2)
-    with pytest.raises(ValueError, match=r"gmacs must be at least 0\.\d+, the most merging, and below 1, got 0.01"):
+    with pytest.raises(
+        ValueError, match=r"gmacs must be at least 0\.\d+, by the strongest merging, and below 1, got 0.01"
+    ):
         AdaptivePlan.for_model(dense, gmacs=0.01)
     with pytest.raises(ValueError, match="and below 1, got 1"):
         AdaptivePlan.for_model(dense, gmacs=1)

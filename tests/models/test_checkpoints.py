@@ -202,7 +202,7 @@ def test_truncated_weights(tmp_path, size):
     save_pretrained(compressed_vit(), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="model.safetensors is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors is truncated or not a safetensors file"):
         load_pretrained(tmp_path)
 
 

@@ -268,7 +268,7 @@ def test_random_weights_are_warned_of(capsys, data, tmp_path):
     assert "pm-vit: warning: vit_tiny_patch16_224 has random weights: name a folder" in err
     status, _, err = run(capsys, "eval", data, *MODEL, *SHAPE, *COMMON, "--num-classes", "5")
     assert status == 0
-    assert "pm-vit: warning: the data has 3 classes, but the model tells 5 apart" in err
+    assert "pm-vit: warning: the data has 3 classes, but the model distinguishes 5" in err
 
 
 CONFIG = """
@@ -320,13 +320,13 @@ def test_options_from_a_file(capsys, data, tmp_path):
         ("data_dir: x", "data_dir: no such option"),
         ("config: x", "config: no such option"),
         ("- 3", "expected options and values, such as epochs: 30, got list"),
-        ("epochs: [", "is no YAML file"),
+        ("epochs: [", "is not a YAML file"),
         ("epochs: three", "epochs: invalid literal for int"),
         ("epochs: 0", "epochs: must be at least 1, got 0"),
         ("epochs: [3]", "epochs takes one value, got [3]"),
         ("scale: 0.3", "scale takes 2 values, got 0.3"),
         ("scale: [1]", "scale takes 2 values, got [1]"),
-        ("lr: {a: 1}", "lr takes no names and values"),
+        ("lr: {a: 1}", "lr does not take names and values"),
         ("model_ema: 3", "model_ema must be true or false, got 3"),
         ("lr_base_scale: cubic", "lr_base_scale must be one of linear, sqrt, got 'cubic'"),
     ],
@@ -520,7 +520,7 @@ MISTAKES = {
     "stages": ([*COMPRESS, "--model", "{dense}", "--stages", "0,7"], "stages must be"),
     "too few classes": (
         [*COMPRESS, *MODEL, *SHAPE, "--num-classes", "2"],
-        "the data has 3 classes, but the model tells 2 apart",
+        "the data has 3 classes, but the model distinguishes 2",
     ),
     "one class": (
         ["train", "{one}", *MODEL, *SHAPE, "--output", "{tmp}/out"],
@@ -548,7 +548,7 @@ MISTAKES = {
     ),
     "data that nothing looks at": (
         ["compress", "{data}", "--model", "{dense}", "--output", "{tmp}/out", "--adaptive"],
-        "DATA cannot be given with --adaptive, which looks at no images, got {data}",
+        "DATA cannot be given with --adaptive, which needs no images, got {data}",
     ),
     "adaptive with rates": (
         [*COMPRESS, "--model", "{dense}", "--adaptive", "--size-bias"],
@@ -556,7 +556,7 @@ MISTAKES = {
     ),
     "a segmenter": ([*FINETUNE, "{segmenter}"], "holds a Segmenter: give --task segmentation"),
     "no model": ([*FINETUNE, "{tmp}/nowhere"], "nowhere is neither a saved folder nor a timm model"),
-    "not a folder": ([*FINETUNE, "{tmp}"], "is no saved model: expected config.json and model.safetensors"),
+    "not a folder": ([*FINETUNE, "{tmp}"], "is not a saved model: expected config.json and model.safetensors"),
     "output below a file": (
         [*TRAIN, "--output", "{tmp}/foreign.pth/out"],
         "--output {tmp}/foreign.pth/out cannot be written: .*Not a directory",

@@ -109,7 +109,7 @@ def test_a_segmenter(capsys, tmp_path):
     assert sum(second.encoder.plan.tokens) > sum(first.encoder.plan.tokens)
     status, _, err = run(capsys, "compress", *MODEL, *SHAPE, *common, "--output", tmp_path / "c")
     assert status == 2
-    assert "--num-classes must be given for a Segmenter on vit_tiny_patch16_224, as there is no data" in err
+    assert "--num-classes must be given for a Segmenter on vit_tiny_patch16_224, because there is no data" in err
     status, _, err = run(capsys, "compress", "--model", tmp_path / "dense", *COMMON, "--adaptive", "--output", tmp_path)
     assert status == 2
     assert "holds a Segmenter: give --task segmentation" in err
@@ -129,8 +129,10 @@ def test_a_model_that_is_compressed_already(capsys, tmp_path):
     [
         (["--target-gmacs", "1e-9"], "target_gmacs must be at least .*, with the fewest tokens, got 1e-09"),
         (["--target-speedup", "0.9"], "target_speedup must be above 1, got 0.9"),
-        (["--stages", "0-1"], "--stages cannot be given with --adaptive, which takes --target-gmacs or"),
+        (["--stages", "0-1"], "--stages cannot be given with --adaptive, which takes only --target-gmacs or"),
         (["--keep-rate", "0.5"], "--keep-rate cannot be given with --adaptive"),
+        (["--shortcut=pruned", "--alloc", "global", "--score-batches", "16"],  # as they are without
+         "--score-batches, --allocation, --shortcut cannot be given with --adaptive"),
         (["--score-batches", "3", "--merge-site", "attention", "--train-matrices", "none", "--allocation", "layer",
           "--segments", "nearest", "--row-weights", "average", "--shortcut", "all", "--score-decay", "0"],
          "--score-decay, --score-batches, --allocation, --row-weights, --segments, --train-matrices, --shortcut, "
@@ -151,11 +153,15 @@ def test_a_file_with_rates(capsys, dense, tmp_path):
     status, _, err = run(capsys, "compress", *arguments, "--config", "deit_small", "--adaptive")
     assert status == 0, err
     assert isinstance(load_pretrained(tmp_path / "fast").plan, AdaptivePlan)
-    (tmp_path / "both.yaml").write_text("adaptive: true\nkeep_rate: 0.5\n")
-    arguments = ["--model", dense, *COMMON, "--output", tmp_path / "again", "--config", tmp_path / "both.yaml"]
-    status, _, err = run(capsys, "compress", *arguments)
-    assert status == 2
-    assert "--keep-rate cannot be given with --adaptive" in err
+    for text, given, named in (
+        ("keep_rate: 0.5", [], "--keep-rate"),
+        ("segments: raster", ["--merge-site", "block"], "--segments, --merge-site"),  # their defaults
+    ):
+        (tmp_path / "both.yaml").write_text(f"adaptive: true\n{text}\n")
+        arguments = ["--model", dense, *COMMON, "--output", tmp_path / "again", "--config", tmp_path / "both.yaml"]
+        status, _, err = run(capsys, "compress", *arguments, *given)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert f"error: {named} cannot be given with --adaptive" in err
 
 
 def test_finetune_compresses_first(capsys, data, dense, tmp_path):

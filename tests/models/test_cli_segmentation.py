@@ -190,7 +190,7 @@ def test_labels_that_cannot_be_learned_are_told_first(capsys, tmp_path, command)
     where = f"the 2 label maps in {tmp_path}/data/labels/train"
     assert lines[0] == f"pm-vit: warning: 1 of 2 classes never occur in {where}, and cannot be learned: 1"
     assert lines[1].startswith(f"pm-vit: warning: 2 of {where} hold only 0 and 255 (the first: ")
-    assert re.search(r"images/train/\d.png is no image that can be read", lines[2])
+    assert re.search(r"images/train/\d.png is not a readable image", lines[2])
     assert len(lines) == 3
 
 
@@ -203,7 +203,7 @@ def test_a_broken_image_is_one_line(capsys, data, tmp_path, workers):
     status, _, err = run(capsys, "train", *arguments, "--output", tmp_path / "o")
     assert status == 2
     last = err.strip().splitlines()[-1]
-    assert re.match(rf"pm-vit train: error: {tmp_path}/data/images/train/\d\d.png is no image that can be read", last)
+    assert re.match(rf"pm-vit train: error: {tmp_path}/data/images/train/\d\d.png is not a readable image", last)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -254,7 +254,7 @@ def test_models_and_data_of_another_task(capsys, data, dense, tmp_path):
     arguments = ["--model", dense, *COMMON, "--num-classes", "4"]
     status, _, err = run(capsys, "eval", data, *arguments)
     assert status == 2
-    assert "the data has 4 classes, but the model tells 3 apart" in err
+    assert "the data has 4 classes, but the model distinguishes 3" in err
     with pytest.raises(SystemExit):
         main(["train", str(data), *MODEL, *COMMON, "--mixup", "0.8", "--output", str(tmp_path / "o")])
     assert "unrecognized arguments: --mixup 0.8" in capsys.readouterr().err

@@ -71,9 +71,9 @@ def test_what_is_no_image_is_named(tmp_path, name):
     save_labels(tmp_path)
     for folder in (tmp_path / "train" / "cat", tmp_path / "images" / "train"):
         (folder / name).write_text("no image")
-    with pytest.raises(ValueError, match=rf"cat/{re.escape(name)} is no image that can be read"):
+    with pytest.raises(ValueError, match=rf"cat/{re.escape(name)} is not a readable image"):
         open_dataset(tmp_path, "train")
-    with pytest.raises(ValueError, match=rf"images/train/{re.escape(name)} is no image that can be read"):
+    with pytest.raises(ValueError, match=rf"images/train/{re.escape(name)} is not a readable image"):
         SegmentationImages(tmp_path, "train", num_classes=2)
 
 
@@ -167,7 +167,7 @@ def test_grey_values_of_no_known_white_are_refused(tmp_path, low_high):
     values = np.zeros((HEIGHT, WIDTH), np.int32 if all(isinstance(value, int) for value in low_high) else np.float32)
     values[0, :2] = low_high
     save(Image.fromarray(values), tmp_path / "train" / "cat" / "0.tif")
-    with pytest.raises(ValueError, match=r"0\.tif is no image that can be read \(its grey values of 32 bits are from"):
+    with pytest.raises(ValueError, match=r"0\.tif is not a readable image \(its grey values of 32 bits are from"):
         open_dataset(tmp_path, "train")[0]
 
 
@@ -315,7 +315,7 @@ LAYOUTS = {
                   " has no folder train or training, only cat, dog; expected {root}/train/<class>/<image>, one"),
     "no splits, flat": (("0.png", "1.png"), " has no folder train or training, only 0.png, 1.png; expected"),
     "one split": (BOTH[:2], " has no folder validation or val or valid or eval or evaluation or test, only train"),
-    "nested": ((*BOTH, "train/dog/old/0.png"), "/train/dog holds folders (old), not images alone; expected <class>"),
+    "nested": ((*BOTH, "train/dog/old/0.png"), "/train/dog holds folders (old), not only images; expected <class>"),
     "an empty class": ((*BOTH, "train/bird/", "train/ape/"), "/train has class folders without images (ape, bird)"),
     "hidden files alone": ((*BOTH, "train/bird/.0.png"), "/train has class folders without images (bird)"),
     "no images": (("train/cat/", "train/dog/"), "Found 0 images in subfolders of {root}/train; expected <class>"),

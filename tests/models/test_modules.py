@@ -311,5 +311,5 @@ def test_a_block_that_merges_inside_its_attention_cannot_be_passed_by(touch):
     dense = small_vit(depth=2)
     compressed = compress(dense, plan_for(dense), merge_site="attention")
     TOUCHES[touch](compressed.blocks[1], None)
-    with pytest.raises(ValueError, match="merge_site='attention' runs a stage's first block by its parts"):
+    with pytest.raises(ValueError, match="merge_site='attention' runs a stage's first block in parts"):
         compressed(images_for(dense))

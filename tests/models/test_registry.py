@@ -71,7 +71,7 @@ def test_saves_copies_and_pickles(tmp_path):
         ({}, ValueError, "pm_vit_tiny_patch16_224 needs plan="),
         ({"plan": "nowhere.json"}, FileNotFoundError, "nowhere.json"),
         ({"plan": {"format": "x"}}, ValueError, "not a compression plan"),
-        ({"plan": 3}, TypeError, "plan must be a CompressionPlan, got int"),
+        ({"plan": 3}, TypeError, "plan must be a CompressionPlan or an AdaptivePlan, got int"),
     ],
 )
 def test_errors(arguments, error, message):

@@ -268,7 +268,7 @@ def test_evaluation_counts_every_labelled_pixel():
                     confusion[label, prediction] += 1
     result = evaluate_segmentation(model, images, accelerator=accelerator, stride=8)
     assert result == measures(confusion)
-    with pytest.raises(ValueError, match="no pixel has a label: every one is ignored"):
+    with pytest.raises(ValueError, match="no pixel has a label: all of them are ignored"):
         evaluate_segmentation(model, images[-1:], accelerator=accelerator)
     with pytest.raises(ValueError, match="no pixel has a label"):
         evaluate_segmentation(model, [], accelerator=accelerator)

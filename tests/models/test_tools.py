@@ -108,15 +108,15 @@ def test_bench(capsys, saved):
         (("show", "{0}"), None),
         (("show", "{0}/dense"), "holds an uncompressed model, which has no plan"),
         (("show", "{0}/model/README.md"), "README.md"),
-        (("show", "{0}/plan.json", "{0}/text.png"), "text.png is no image that can be read"),
+        (("show", "{0}/plan.json", "{0}/text.png"), "text.png is not a readable image"),
         (("show", "{0}/plan.json", "{0}/none.png"), "No such file.*none.png"),
         (("show", "{0}/adaptive"), "adaptive is an adaptive plan, .* give the folder of a model, and images"),
         (("show", "{0}/adaptive.json", "{0}/white.png"), "adaptive.json is an adaptive plan, .* the folder of a model"),
-        (("show", "{0}/adaptive", "{0}/white.png", "{0}/text.png"), "text.png is no image that can be read"),
+        (("show", "{0}/adaptive", "{0}/white.png", "{0}/text.png"), "text.png is not a readable image"),
         (("show", "{0}/segmenter", "{0}/none.png"), "No such file.*none.png"),
         (("bench", "vit_tny_patch16_224"), "is neither a saved folder nor a timm model; did you mean vit_tiny_patch16"),
         (("bench", "resnet10t"), "must be a timm VisionTransformer.*got ResNet"),
-        (("bench", "{0}"), "is no saved model: expected config.json"),
+        (("bench", "{0}"), "is not a saved model: expected config.json"),
     ],
 )
 def test_mistakes_are_one_line(capsys, saved, arguments, message):

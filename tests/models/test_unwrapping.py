@@ -205,8 +205,8 @@ def test_what_cannot_be_unwrapped_is_told(call, tmp_path):
     in_part, sharded = small_vit(depth=2), fully_shard(small_vit(depth=2))
     in_part.blocks[1] = compiled(in_part.blocks[1])
     for model, message in (
-        (in_part, r"^model has a part, blocks\.1, that is a OptimizedModule; pass the model as it was before, or"),
-        (sharded, r"^model has its weights shared out between processes \(FSDP\); pass one that has loaded all"),
+        (in_part, r"^model has a part, blocks\.1, that is a OptimizedModule; pass the model unwrapped, or"),
+        (sharded, r"^model has its weights sharded over processes \(FSDP\); pass a model that has loaded all"),
         ("deit_small_patch16_224", r"^model must be a torch\.nn\.Module, got str$"),
     ):
         with pytest.raises(TypeError, match=message):

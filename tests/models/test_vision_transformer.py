@@ -690,14 +690,14 @@ def test_bad_options():
     plan = plan_for(model)
     with pytest.raises(ValueError, match="train_matrices must be 'support', 'dense' or None, got 'all'"):
         compress(model, plan, train_matrices="all")
-    with pytest.raises(TypeError, match="plan must be a CompressionPlan, got dict"):
+    with pytest.raises(TypeError, match="plan must be a CompressionPlan or an AdaptivePlan, got dict"):
         compress(model, plan.to_dict())
     with pytest.raises(TypeError, match="compressed already"):
         compress(compress(model, plan), plan)
     with pytest.raises(ValueError, match="execution must be one of 'folded', 'literal', got 'fast'"):
         compress(model, plan).execution = "fast"
     scaling = small_vit(block_fn=ParallelScalingBlock)
-    with pytest.raises(ValueError, match="size_bias needs timm's Attention in every block, block 0 is a ParallelScal"):
+    with pytest.raises(ValueError, match="size_bias needs timm's Attention in every block; block 0, a ParallelScal"):
         compress(scaling, plan, size_bias=True)
     with pytest.raises(ValueError, match="merge_site must be 'block' or 'attention', got 'mlp'"):
         compress(model, plan, merge_site="mlp")

@@ -176,7 +176,8 @@ def test_code_beside_the_weights_is_not_run(evaluate, tmp_path, place, zipped):
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     found = evaluate("--checkpoint", tmp_path / "w.pth")
     assert (
-        "w.pth is truncated or no checkpoint that loads without running code: it holds posix.mkdir; save the" in found
+        "w.pth is truncated or not a checkpoint that loads without running code: it holds posix.mkdir; save the"
+        in found
     )
     assert not (tmp_path / "ran").exists()
 
@@ -195,7 +196,7 @@ REFUSED = {
         "several files",
     ),
     "an index": (lambda path: (path / "model.safetensors.index.json").write_text("{}"), "several files"),
-    "JAX": (lambda path: (path / "x.msgpack").touch(), "x.msgpack is of a format that is not read"),
+    "JAX": (lambda path: (path / "x.msgpack").touch(), "x.msgpack has an unsupported format"),
     "no weights": (lambda path: torch.save({"epoch": 3}, path / "x.pth"), "x.pth holds no weights"),
     "other keys": (lambda path: torch.save({3: torch.ones(1)}, path / "x.pth"), "x.pth holds no weights"),
     "itself": (lambda path: _save_itself(path / "x.pth"), "x.pth holds no weights"),
@@ -365,7 +366,7 @@ def test_original_jax_weights(evaluate, expected, tmp_path):
         "--checkpoint", tmp_path / "w.npz", "--num-classes", "5"
     )
     np.savez(tmp_path / "other.npz", a=np.ones(3))
-    assert "other.npz is no checkpoint in JAX's layout" in evaluate("--checkpoint", tmp_path / "other.npz")
+    assert "other.npz is not a checkpoint in JAX's layout" in evaluate("--checkpoint", tmp_path / "other.npz")
 
 
 def test_names_of_folders_that_timm_reads(evaluate, expected, tmp_path, data, capsys):
@@ -374,9 +375,8 @@ def test_names_of_folders_that_timm_reads(evaluate, expected, tmp_path, data, ca
     folder = f"local-dir:{tmp_path / 'saved'}"
     assert evaluate("--pretrained", model=folder) == expected
     assert "has random weights" in evaluate(model=folder)
-    assert "has a head for 3 classes, and the model is for 5: give --num-classes 3, or" in evaluate(
-        "--pretrained", "--num-classes", "5", model=folder
-    )
+    told = f"error: the pretrained {folder} has a head for 3 classes, and the model is for 5: give --num-classes 3, or"
+    assert told in evaluate("--pretrained", "--num-classes", "5", model=folder)
     found = evaluate(
         "--output", tmp_path / "out", *TRAIN, "--pretrained", "--num-classes", "5", model=folder, command="train"
     )
