@@ -43,7 +43,7 @@ def wheel(tmp_path_factory):
 def test_it_holds_the_packages_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     packages = ("pm_kernels", "pm_models")
-    shipped = (".py", ".yaml", "py.typed")
+    shipped = (".py", ".yaml", ".html", "py.typed")
     wanted = {
         path.relative_to(ROOT).as_posix()
         for package in packages

@@ -22,8 +22,8 @@ from pm_kernels import (
     transition,
 )
 from pm_kernels.attention import Attention
+from pm_kernels.launches import Launch, Plan, Prepared
 from pm_kernels.mixing import Mix
-from pm_kernels.runtime import Launch, Plan, Prepared
 
 
 def test_reference_and_auto_run_on_the_cpu():

@@ -75,6 +75,8 @@ def test_block_sizes_of_every_family(monkeypatch, family, dtype):
     compare(arguments_for(3, 281, 70, 150, rounds=1, options="norm", dtype=dtype))
 
 
+@pytest.mark.fuzz
+@pytest.mark.exhaustive
 def test_a_long_sequence():
     torch.manual_seed(0)
     compare(arguments_for(1, 1601, 8, 900, options="norm"))

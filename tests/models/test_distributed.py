@@ -372,6 +372,8 @@ def test_other_commands_refuse_several_processes(capsys, monkeypatch, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fuzz
+@pytest.mark.exhaustive
 def test_a_command_that_refuses_several_processes_ends_the_launch(tmp_path):
     done = torchrun(2, "demo", "--output", tmp_path / "out")
     assert done.returncode != 0

@@ -221,6 +221,8 @@ def test_what_a_killed_export_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
 
 
+@pytest.mark.fuzz
+@pytest.mark.exhaustive
 def test_aoti(tmp_path):
     model = compressed(depth=2)
     export_model(model, tmp_path / "m", "aoti")

@@ -223,9 +223,9 @@ def test_the_dense_model_of_a_fine_tuned_one(capsys, saved):
 
 
 MISTAKES = {
-    "no model": (["{0}/nowhere"], "nowhere is no saved model"),
+    "no model": (["{0}/nowhere"], "nowhere is not a saved model"),
     "no plan": (["{0}/dense"], "dense holds an uncompressed model, which has no plan"),
-    "text": (["{0}/adaptive", "{0}/text.png"], "text.png is no image that can be read"),
+    "text": (["{0}/adaptive", "{0}/text.png"], "text.png is not a readable image"),
     "no image": (["{0}/adaptive", "{0}/none.png"], "No such file.*none.png"),
     "other dense": (
         ["{0}/adaptive", "--dense", "{0}/headless"],

@@ -7,6 +7,8 @@ from helpers import images_for, plan_for, small_vit
 from pm_models import compress, warmup
 
 
+@pytest.mark.fuzz
+@pytest.mark.exhaustive
 def test_no_batch_is_compiled_for_twice():
     model = small_vit(depth=2)
     model = compress(model, plan_for(model)).train()

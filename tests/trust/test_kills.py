@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from covering import REST
 from helpers import plan_for, small_vit
 from PIL import Image
 from processes import Started
@@ -53,6 +54,8 @@ COMMANDS = {
     "export": ["--model", "{0}/compressed", "--format", "onnx", "-b", "2"],
 }  # fmt: skip
 
+OF_A_QUICK_RUN = [pytest.param(command, marks=REST if command == "export" else ()) for command in COMMANDS]
+
 
 def start(command, place, output, largest_file=None):
     run = Started(command, *(argument.format(place) for argument in COMMANDS[command]), "--output", output)
@@ -75,7 +78,7 @@ def check_what_is_left(command, output, *, finished):
             assert load_pretrained(output)(images).isfinite().all()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_A_QUICK_RUN)
 def test_a_killed_command_leaves_what_loads(command, place, tmp_path, tries, record_property):
     began = time.monotonic()
     whole = start(command, place, tmp_path / "whole")
@@ -107,7 +110,7 @@ def test_a_killed_command_leaves_what_loads(command, place, tmp_path, tries, rec
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs limits for a process of one's own")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_A_QUICK_RUN)
 def test_a_full_disk_is_an_error_that_says_so(command, place, tmp_path, tries, record_property):
     """No file may grow past a limit, which acts as a disk does that is full."""
     sizes, failed = random.Random(command), 0
