@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .models import Model, compression_of, encoder_of, evaluating, input_size
+from .models import Model, encoder_of, evaluating, input_size, tokens_of
+from .segmenter import Segmenter
 from .unwrapping import unwrapped
 
 
@@ -55,20 +56,24 @@ def speed_beside_dense(model: Model, dense: Model, batch: int) -> dict[str, floa
         dense: as it is without its plan, on the same device.
         batch: images at a time.
     """
-    encoder, plan = encoder_of(dense), compression_of(model).plan
+    encoder, planned = encoder_of(dense), tokens_of(model)
     weight = encoder.patch_embed.proj.weight
     images = torch.randn(batch, *input_size(dense)).to(weight)
-    tokens = {count: torch.randn(batch, count, encoder.embed_dim).to(weight) for count in {*plan.tokens}}
+    tokens = {count: torch.randn(batch, count, encoder.embed_dim).to(weight) for count in {*planned}}
     around = copy.copy(encoder)
     around._modules = encoder._modules | {"blocks": nn.Sequential()}
-    around = around if encoder is dense else dense.with_encoder(around)
+    around = dense.with_encoder(around) if isinstance(dense, Segmenter) else around
 
     def ideal() -> None:
         around(images)
-        for block, count in zip(encoder.blocks, plan.tokens, strict=True):
+        for block, count in zip(encoder.blocks.children(), planned, strict=True):
             block(tokens[count])
 
-    calls = {"dense": partial(dense, images), "compressed": partial(model, images), "ideal": ideal}
+    calls: dict[str, Callable[[], object]] = {
+        "dense": partial(dense, images),
+        "compressed": partial(model, images),
+        "ideal": ideal,
+    }
     with torch.inference_mode():
         seconds = alternate(calls, max(5, 24 // batch), images.is_cuda)
     return {name: batch / statistics.median(times) for name, times in seconds.items()}

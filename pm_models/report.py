@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -48,10 +49,16 @@ def report_page(
             whatever weights; ``None``: they are not compared.
         dense_is: in words, which model ``dense`` is, or why there is none.
         batches: images at a time, for the speed.
+
+    Raises:
+        ValueError: the model is not compressed.
     """
-    size = input_size(model)
+    size, compression = input_size(model), compression_of(model)
+    if compression is None:
+        raise ValueError("model must be compressed, got one without a plan")
     plain = uncompressed(model) if dense is None else dense
     speed = {batch: speed_beside_dense(model, plain, batch) for batch in tqdm(sorted({*batches}), "speed", leave=False)}
+    fastest = max(max(row.values()) for row in speed.values())
     images = torch.stack([sample.image for sample in samples.values()])
     drawn = tqdm([*samples.items()][:_DRAWN], "images", leave=False)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -60,11 +67,11 @@ def report_page(
     return template.render(
         name=name,
         architecture=encoder_of(model).pretrained_cfg["architecture"].removeprefix("pm_"),
-        plan=compression_of(model).plan,
+        plan=compression.plan,
         patch_size=encoder_of(model).patch_embed.patch_size,
         gmacs={"dense": count_gmacs(plain, size), "compressed": count_gmacs(model, size)},
         speed=speed,
-        ticks=MaxNLocator(4).tick_values(0, max(max(row.values()) for row in speed.values())).tolist(),
+        ticks=[float(tick) for tick in MaxNLocator(4).tick_values(0, fastest)],
         images=[*samples],
         pictures={name: _picture(model, sample) for name, sample in drawn},
         answers=None if dense is None else compare_answers(model, dense, images),
@@ -75,7 +82,7 @@ def report_page(
 
 
 @torch.inference_mode()
-def compare_answers(model: Model, dense: Model, images: Tensor) -> dict[str, list[float] | float]:
+def compare_answers(model: Any, dense: Any, images: Tensor) -> dict[str, list[float] | float]:
     """How near a model's answers to images (B, C, H, W) are to the dense model's.
 
     Returns:
@@ -84,7 +91,8 @@ def compare_answers(model: Model, dense: Model, images: Tensor) -> dict[str, lis
         class; and ``miou``, of all images, with the dense model's maps as labels.
     """
     found: dict[str, list[float]] = {}
-    classes, confusion = model.num_classes, 0
+    classes = model.num_classes
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
     for part in tqdm(images.split(_BATCH), "answers", leave=False):
         part = part.to(encoder_of(model).patch_embed.proj.weight)
         if isinstance(model, Segmenter):
