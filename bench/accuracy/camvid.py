@@ -51,8 +51,7 @@ class CamVid(Study):
     def __init__(
         self, setting: Setting, data: Path, work: Path, device: str, encoder: VisionTransformer | None = None
     ) -> None:
-        super().__init__(setting, work, device)
-        self.encoder = encoder  # to start from; a random one where there is none
+        super().__init__(setting, work, device, encoder)
         self.train_set, self.val_set, self.test_set = (
             SegmentationImages(data, split, num_classes=CLASSES, ignore_index=VOID)
             for split in ("train", "val", "test")

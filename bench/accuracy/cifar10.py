@@ -43,8 +43,7 @@ class Cifar10(Study):
     def __init__(
         self, setting: Setting, data: Path, work: Path, device: str, encoder: VisionTransformer | None = None
     ) -> None:
-        super().__init__(setting, work, device)
-        self.encoder = encoder  # to start from; a random one where there is none
+        super().__init__(setting, work, device, encoder)
         self.train_set, self.test_set = (open_dataset(data, split) for split in ("train", "validation"))
 
     def new_model(self) -> VisionTransformer:

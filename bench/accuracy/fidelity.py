@@ -5,7 +5,6 @@ The dense model's own maps of saliency are what a compressed model is held again
 
 import copy
 import json
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -36,6 +35,7 @@ from ..peers import atm, local_merge, matched, merges_per_block, pitome, tome
 from ..plots import save_maps
 from .pretrained import MEAN, STD, Saliency
 from .runs import CARRYING, PRUNE_RATE
+from .study import forget
 
 SHARES = (0.62, 0.7, 0.8)  # of the GMACs of the dense model's blocks
 # Arguments of CompressionPlan.from_scores and of compress; ``static_stage`` is one stage of averages from block 2 on.
@@ -240,8 +240,7 @@ class Fidelity:
         maps = self.maps(task.trainable_module.eval())
         distilled = {**compare(maps, self.dense_maps), "iou_by_data": self._iou_by_data(maps), **versions()}
         write_atomically(self._record(run), json.dumps(record | {"distilled": distilled}, indent=1).encode())
-        for folder in (state, state.with_name(f"{state.name}.old")):
-            shutil.rmtree(folder, ignore_errors=True)
+        forget(state)
 
     @cached_property
     def distillation_loader(self) -> DataLoader:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -43,6 +44,12 @@ def part(dataset: Dataset, images: int | None) -> Dataset:
     return dataset if images is None else Part(dataset, [index * len(dataset) // images for index in range(images)])
 
 
+def forget(state: Path) -> None:
+    """Remove the state of a finished training, and the one before it."""
+    for folder in (state, state.with_name(f"{state.name}.old")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Study(ABC):
     """The dense model of ``setting`` trained on some data, and the runs made of it.
 
@@ -55,8 +62,9 @@ class Study(ABC):
     make_scoring_loader: Callable[..., DataLoader]
     train_set: Dataset
 
-    def __init__(self, setting: Setting, work: Path, device: str) -> None:
+    def __init__(self, setting: Setting, work: Path, device: str, encoder: VisionTransformer | None = None) -> None:
         self.setting, self.work = setting, work
+        self.encoder = encoder  # to start from; a random one where there is none
         self._dense_epochs = work / "dense_epochs.json"
         self.accelerator = make_accelerator(mixed_precision="bf16", cpu=device == "cpu")
 
@@ -167,8 +175,7 @@ class Study(ABC):
         tested = getattr(epochs[-1], self.quality) if self.follows_test else self._tested(tuned)
         after = {self.quality: tested, "epochs": [asdict(epoch) for epoch in epochs]}
         self._write(run, record | after | {"seconds": time.perf_counter() - start, **versions()})
-        for folder in (state, state.with_name(f"{state.name}.old")):
-            shutil.rmtree(folder, ignore_errors=True)
+        forget(state)
 
     def build(self, run: Run) -> nn.Module:
         """The run's model as it is before fine-tuning."""
